@@ -1,0 +1,92 @@
+"""HAT-cGAN's numbers, as presets.
+
+default    residual head on the warped input, latent and spatial affine
+           transformation, label-conditional, all adversarial terms
+paper      Hung et al.: direct head, one affine map, weights 1 and 10
+reference  the released AffineGAN code: latent only, no label, L1 100
+tiny       the smallest legal one: seconds on a CPU
+"""
+
+import ml_collections
+
+PRESETS = ('default', 'paper', 'reference', 'tiny')
+NETS = (
+  'generator', 'discriminator', 'patch_discriminator', 'alpha_discriminator',
+)
+
+
+def get_stage(preset, image_size, data):
+  """The four blocks of a stage.
+
+  Args:
+    preset: one of PRESETS.
+    image_size: side in pixels, a power of two.
+    data: what the data set says of its block, such as the name.
+
+  Returns:
+    ConfigDict with method, model, optim, data and train.
+  """
+  if preset not in PRESETS:
+    raise ValueError(
+      f'hat_cgan has no preset {preset!r}. Choose one of: '
+      f'{", ".join(PRESETS)}.'
+    )
+  stage = ml_collections.ConfigDict()
+  stage.method = 'hat_cgan'
+  stage.model = _model(preset, image_size)
+  adam = dict(lr=2e-4, b1=0.5, b2=0.999)
+  if preset == 'reference':
+    # Counted in epochs: constant, then linearly to 0.
+    adam |= dict(schedule='epochs', constant_steps=10_000, decay_steps=100)
+  stage.optim = {net: dict(adam) for net in NETS}
+  stage.data = dict(
+    image_size=image_size, batch_size=1, num_frames=12, flip=0.5,
+    pad=image_size // 32, resize='auto', resident='auto',
+  )
+  stage.train = dict(
+    num_steps=20_000, steps_per_dispatch=10, log_every=50, ckpt_every=500,
+    sample_every=500, keep=3, val_split='val', val_clips=8,
+  )
+  if preset in ('paper', 'reference'):
+    size = image_size
+    stage.data.update(
+      num_frames=5, pad=0, load_size=size * 286 // 256,
+    )
+    stage.train.num_steps = 200_000
+  if preset == 'reference':
+    # 286 -> 256 has offsets 0..29: the released code never draws the last.
+    stage.data.crop_offsets = stage.data.load_size - image_size
+  if preset == 'tiny':
+    stage.data.update(num_frames=3, batch_size=2, pad=1)
+    stage.train.update(
+      num_steps=20, log_every=5, ckpt_every=10, sample_every=10,
+      steps_per_dispatch=1,
+    )
+  stage.data.update(data)
+  return stage
+
+
+def _model(preset, image_size):
+  wide = 64 if image_size > 128 else 32
+  model = dict(
+    net=f'unet_{image_size}', image_size=image_size, width=wide,
+    discriminator_width=wide, head='residual', affine='both', num_parts=4,
+    gan_loss='bce', alpha_rule='least_squares', alpha_clip=(-0.5, 2.0),
+    lambda_gan=1.0, lambda_patch=1.0, lambda_alpha=100.0, lambda_l1=100.0,
+    lambda_recon=0.0, lambda_code=1.0, ema_decay=0.99, remat=False,
+    dtype='float32',
+  )
+  if preset == 'tiny':
+    model |= dict(
+      width=4, discriminator_width=4, discriminator_layers=1,
+      embedding_dim=4, num_parts=2,
+    )
+  if preset in ('paper', 'reference'):
+    model |= dict(
+      width=64, discriminator_width=64, head='direct', num_parts=1,
+      alpha_rule='reference', alpha_clip=None, lambda_l1=10.0,
+      lambda_recon=10.0, lambda_code=0.0, ema_decay=0.0,
+    )
+  if preset == 'reference':
+    model |= dict(affine='latent', num_labels=0, lambda_l1=100.0)
+  return model

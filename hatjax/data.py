@@ -1,0 +1,425 @@
+"""TFDS records -> uint8 batches, and the names of the batch keys.
+
+On the host a batch is a dict of NumPy arrays: `video` uint8 [B, 1+K, H, W, 3]
+with video[:, 0] the neutral frame, `time` float32 [B, 1+K] in [0, 1],
+`lip_mask` uint8 [B, 1+K, H, W, 1] in {0, 1} (all zero where unknown), `label`
+and `subject` int32 [B]. `prepare`, inside jit, crops, flips and jitters it and
+changes the range to [-1, 1].
+
+Batch k is a pure function of (seed, k), so a resumed run reads what the
+unbroken one would have read and the iterator needs no checkpoint.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import warnings
+
+import cv2
+import dm_pix
+import grain.python as grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow_datasets as tfds
+
+from hatjax import video as video_lib
+
+ALIASES = (
+  ('happy', 'happiness', 'joy', 'smile'),
+  ('sad', 'sadness'),
+  ('angry', 'anger'),
+  ('fear', 'scared', 'afraid', 'fearful'),
+  ('surprise', 'surprised'),
+  ('disgust', 'disgusted'),
+  ('contempt', 'contemptuous'),
+  ('neutral', 'calm'),
+)
+RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
+
+
+def data_dir(path=None):
+  """Where records live: `path`, else $TFDS_DATA_DIR, else TFDS's default."""
+  path = path or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  return pathlib.Path(path).expanduser()
+
+
+def match_label(text, labels):
+  """The known label that `text` names, aliases included (joy = happiness).
+
+  Raises:
+    ValueError: no known label; the message lists them.
+  """
+  wanted = text.strip().lower()
+  for group in ALIASES:
+    if wanted in group:
+      for label in labels:
+        if label.lower() in group:
+          return label
+  for label in labels:
+    if label.lower() == wanted:
+      return label
+  raise ValueError(f'Unknown label {text!r}. Known: {", ".join(labels)}.')
+
+
+class _Encoded(tfds.decode.Decoder):
+  """Leaves images encoded: a clip is long and a step wants a few frames."""
+
+  def decode_example(self, example):
+    return example
+
+  decode_example_np = decode_example
+
+  def decode_batch_example_np(self, example):
+    return example
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """One clip of the records: where it stands and what is known of it."""
+
+  index: int
+  id: str
+  label: int
+  subject: int
+  num_frames: int
+
+
+class Records:
+  """An opened data set.
+
+  Attributes:
+    labels: names of the labels.
+    metadata: what `prepare` kept: splits, options, fingerprint.
+    clips: {id: Clip}.
+  """
+
+  def __init__(self, name, directory=None):
+    self.name = name
+    folder = _record_folder(name, data_dir(directory))
+    builder = tfds.builder_from_directory(folder)
+    self.metadata = dict(builder.info.metadata or {})
+    self.labels = tuple(builder.info.features['label'].names)
+    decoders = {'video': _Encoded(), 'lip_mask': _Encoded()}
+    self._source = builder.as_data_source('clips', decoders=decoders)
+    self.clips = {}
+    subjects = sorted({c['subject'] for c in self.metadata['clips'].values()})
+    for index, (name, c) in enumerate(self.metadata['clips'].items()):
+      self.clips[name] = Clip(
+        index, name, self.labels.index(c['label']),
+        subjects.index(c['subject']), c['num_frames'],
+      )
+
+  def split(self, name):
+    """Clips of a named split.
+
+    Raises:
+      ValueError: no such split, or nothing in it.
+    """
+    splits = self.metadata['splits']
+    if name not in splits:
+      raise ValueError(
+        f'{self.name} has no split {name!r}. Choose one of: '
+        f'{", ".join(sorted(splits))}.'
+      )
+    clips = [self.clips[i] for i in splits[name]]
+    if not clips:
+      raise ValueError(
+        f'Split {name!r} of {self.name} is empty. With few subjects train on '
+        "--config.data.split=everything instead."
+      )
+    if name.startswith('by_video'):
+      warnings.warn(
+        f'{name} splits by video: subjects leak between training and test. '
+        'Scores on it say nothing about new faces.', stacklevel=2,
+      )
+    return clips
+
+  def read(self, clip, frames):
+    """Decoded frames uint8 [T, h, w, 3] and masks [T, h, w, 1] in {0, 1}."""
+    example = self._source[clip.index]
+    if _text(example['id']) != clip.id:
+      raise ValueError(
+        f'Records of {self.name} do not match their metadata (want '
+        f'{clip.id}). Run hatjax.prepare again with --force.'
+      )
+    video = [_decode(example['video'][i], cv2.IMREAD_COLOR) for i in frames]
+    masks = [
+      _decode(example['lip_mask'][i], cv2.IMREAD_GRAYSCALE) for i in frames
+    ]
+    return np.stack(video), (np.stack(masks) > 127).astype(np.uint8)[..., None]
+
+
+def _text(value):
+  return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _decode(encoded, flag):
+  image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag)
+  return image[..., ::-1] if image.ndim == 3 else image
+
+
+def _record_folder(name, root):
+  """<root>/<builder>/<config>/<newest version>, or a clear error."""
+  name, _, version = name.partition(':')
+  folder = root / name
+  versions = sorted(
+    (p.parent for p in folder.glob('*/dataset_info.json')),
+    key=lambda p: tuple(int(n) for n in p.name.split('.') if n.isdigit()),
+  )
+  versions = [p for p in versions if version in ('', p.name)]
+  if versions:
+    return versions[-1]
+  builder, _, options = name.partition('/')
+  crop, _, size = options.partition('-')
+  size = {'native': '0'}.get(size, size) or '<side>'
+  raise ValueError(
+    f'No records for {name} in {root}. Build them: python -m hatjax.prepare '
+    f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size} '
+    f'--data_dir {root}'
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Batches:
+  """Training batches of one split; see `make_batches` for the settings."""
+
+  records: Records
+  clips: tuple[Clip, ...]
+  image_size: int
+  load_size: int
+  batch_size: int
+  num_frames: int
+  seed: int
+  pad: int
+  crop_offsets: int
+  flip: float
+  jitter: float
+  resize: str
+  resident: bool
+
+  @property
+  def labels(self):
+    """Names of the labels."""
+    return self.records.labels
+
+  def _picks(self):
+    """Endless grain data set of (clip, frames) choices."""
+    return (
+      grain.MapDataset.range(len(self.clips))
+      .seed(self.seed).shuffle().repeat().random_map(self._pick)
+    )
+
+  def _pick(self, position, rng):
+    """The neutral frame and K later ones, drawn with replacement."""
+    n = self.clips[position].num_frames
+    later = rng.integers(1, n, self.num_frames)
+    frames = np.concatenate([[0], later]).astype(np.int32)
+    return {'clip': np.int32(position), 'frames': frames}
+
+  def _describe(self, pick):
+    clip = self.clips[pick['clip']]
+    return {
+      'time': (pick['frames'] / (clip.num_frames - 1)).astype(np.float32),
+      'label': np.int32(clip.label),
+      'subject': np.int32(clip.subject),
+    }
+
+  @functools.cached_property
+  def _cached_frame(self):
+    frame_bytes = 4 * self.load_size**2
+    size = int(min(1 << 16, (512 << 20) // frame_bytes))
+    return functools.lru_cache(size)(self._load_clip_frame)
+
+  def _load_clip_frame(self, position, frame):
+    (video,), (mask,) = self.records.read(self.clips[position], [frame])
+    return self._fit(video), self._fit(mask)
+
+  def _fit(self, image, size=None):
+    """Resizes a frame, or a mask (thresholded at 3/4), to a square."""
+    size = size or self.load_size
+    if image.shape[:2] == (size, size):
+      return image
+    if image.shape[-1] == 3:
+      return video_lib.resize(image, size, self.resize)
+    mask = cv2.resize(
+      image[..., 0] * np.uint8(255), (size, size),
+      interpolation=cv2.INTER_CUBIC if self.resize == 'cubic'
+      else cv2.INTER_AREA,
+    )
+    return (mask >= 191.25).astype(np.uint8)[..., None]
+
+  def _load(self, pick):
+    frames = [
+      self._cached_frame(int(pick['clip']), int(f)) for f in pick['frames']
+    ]
+    video, mask = (np.stack(x) for x in zip(*frames))
+    return {'video': video, 'lip_mask': mask, **self._describe(pick)}
+
+  def iterate(self, start=0):
+    """Batches start, start + 1, ... with read-ahead; see the module."""
+    ds = self._picks()
+    if self.resident:
+      first = self._first_frames
+      ds = ds.map(lambda p: {
+        'frames': p['frames'] + first[p['clip']], **self._describe(p)
+      })
+    else:
+      ds = ds.map(self._load)
+    ds = ds.batch(self.batch_size)[start:]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    return iter(ds.to_iter_dataset(options))
+
+  @functools.cached_property
+  def _first_frames(self):
+    counts = [clip.num_frames for clip in self.clips]
+    return np.cumsum([0, *counts[:-1]]).astype(np.int32)
+
+  def resident_frames(self):
+    """All frames of the split for the device, or {} when streaming.
+
+    Returns:
+      dict: video uint8 [F, S, S, 3], lip_mask uint8 [F, S, S, 1].
+    """
+    if not self.resident:
+      return {}
+    videos, masks = [], []
+    for clip in self.clips:
+      video, mask = self.records.read(clip, range(clip.num_frames))
+      videos += [self._fit(frame) for frame in video]
+      masks += [self._fit(m) for m in mask]
+    return {'video': np.stack(videos), 'lip_mask': np.stack(masks)}
+
+  def prepare(self, batch, resident, rng):
+    """Inside jit: gather (if resident), crop, flip, jitter, to float.
+
+    One crop, flip and jitter serve a whole clip.
+
+    Args:
+      batch: as `iterate` gives it.
+      resident: as `resident_frames` gives it.
+      rng: key of the step.
+
+    Returns:
+      The batch of a method: video float32 in [-1, 1], lip_mask float32.
+    """
+    if resident:
+      batch = dict(batch)
+      frames = batch.pop('frames')
+      batch |= {key: value[frames] for key, value in resident.items()}
+    pixels = jnp.concatenate([batch['video'], batch['lip_mask']], -1)
+    keys = jax.random.split(rng, pixels.shape[0])
+    pixels = jax.vmap(self._crop_and_flip)(pixels, keys)
+    clip = video_lib.to_float(pixels[..., :3])
+    if self.jitter:
+      clip = jax.vmap(self._jitter_colours)(clip, keys)
+    masks = pixels[..., 3:].astype(jnp.float32)
+    return {**batch, 'video': clip, 'lip_mask': masks}
+
+  def _crop_and_flip(self, pixels, rng):
+    """uint8 [T, load, load, 4] -> [T, size, size, 4]."""
+    rng_crop, rng_flip = jax.random.split(rng)
+    if self.pad:
+      p = (self.pad, self.pad)
+      pixels = jnp.pad(pixels, [(0, 0), p, p, (0, 0)], mode='edge')
+    size, reach = self.image_size, self.image_size + self.crop_offsets - 1
+    if self.crop_offsets > 1:
+      pixels = dm_pix.random_crop(
+        rng_crop, pixels[:, :reach, :reach], (len(pixels), size, size, 4)
+      )
+    return dm_pix.random_flip_left_right(
+      rng_flip, pixels, probability=self.flip
+    )
+
+  def _jitter_colours(self, clip, rng):
+    """Brightness, contrast and saturation of a whole clip in [-1, 1]."""
+    keys = jax.random.split(jax.random.fold_in(rng, 1), 3)
+    low, high = 1 - self.jitter, 1 + self.jitter
+    clip = 0.5 * (clip + 1)
+    clip = dm_pix.random_brightness(keys[0], clip, self.jitter / 2)
+    clip = dm_pix.random_contrast(keys[1], clip, low, high)
+    clip = dm_pix.random_saturation(keys[2], clip, low, high)
+    return 2 * jnp.clip(clip, 0, 1) - 1
+
+  def example(self):
+    """A batch of zeros with the shapes that `prepare` returns."""
+    shape = (self.batch_size, 1 + self.num_frames, *(self.image_size,) * 2)
+    return {
+      'video': np.zeros((*shape, 3), np.float32),
+      'lip_mask': np.zeros((*shape, 1), np.float32),
+      'time': np.zeros(shape[:2], np.float32),
+      'label': np.zeros(shape[:1], np.int32),
+      'subject': np.zeros(shape[:1], np.int32),
+    }
+
+  def whole_clips(self, limit=None):
+    """Whole clips without augmentation, at image_size, in a fixed order.
+
+    Yields:
+      dict: id, label (int), video uint8 [T, S, S, 3].
+    """
+    step = max(1, len(self.clips) // limit) if limit else 1
+    for clip in self.clips[::step][:limit]:
+      video, _ = self.records.read(clip, range(clip.num_frames))
+      video = np.stack([self._fit(f, self.image_size) for f in video])
+      yield {'id': clip.id, 'label': clip.label, 'video': video}
+
+
+def make_batches(
+  name, split='train', image_size=256, batch_size=1, num_frames=5, seed=0,
+  load_size=None, pad=0, crop_offsets=None, flip=0.5, jitter=0.0,
+  resize='auto', resident='auto', labels=None, directory=None,
+):
+  """Batches of a split.
+
+  Args:
+    name: records, such as 'ck_plus/face-256'.
+    split: a named split of them.
+    image_size: side of what the method sees.
+    batch_size: clips per step, over all devices.
+    num_frames: K frames per clip besides the neutral one.
+    seed: of the order and the picks.
+    load_size: side after resizing, before the random crop; default
+      image_size.
+    pad: edge pixels added before the crop.
+    crop_offsets: how many crop positions per axis; default all of them.
+    flip: probability of mirroring a clip.
+    jitter: strength of the colour jitter, 0 for none.
+    resize: 'auto' (anti-aliased) or 'cubic' (the released code's).
+    resident: keep all frames on the device: True, False or 'auto' (when they
+      take less than 2 GiB).
+    labels: use only clips with these labels (names or aliases).
+    directory: where the records live; see `data_dir`.
+
+  Raises:
+    ValueError: no records, empty split, sizes that do not fit.
+  """
+  records = Records(name, directory)
+  clips = [c for c in records.split(split) if c.num_frames > 1]
+  if labels is not None:
+    wanted = {records.labels.index(match_label(x, records.labels))
+              for x in labels}
+    clips = [c for c in clips if c.label in wanted]
+  if not clips:
+    raise ValueError(
+      f'data.labels: no clip of {name} {split} has the labels {labels}.'
+    )
+  load_size = load_size or image_size
+  room = load_size + 2 * pad - image_size
+  if room < 0:
+    raise ValueError(
+      f'data.load_size {load_size} is smaller than image_size {image_size}.'
+    )
+  crop_offsets = room + 1 if crop_offsets is None else crop_offsets
+  if not 1 <= crop_offsets <= room + 1:
+    raise ValueError(f'data.crop_offsets must lie in 1..{room + 1}.')
+  if resident == 'auto':
+    count = sum(c.num_frames for c in clips)
+    resident = 4 * count * load_size**2 < RESIDENT_LIMIT
+  return Batches(
+    records=records, clips=tuple(clips), image_size=image_size,
+    load_size=load_size, batch_size=batch_size, num_frames=num_frames,
+    seed=seed, pad=pad, crop_offsets=crop_offsets, flip=flip, jitter=jitter,
+    resize=resize, resident=bool(resident),
+  )

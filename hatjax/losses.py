@@ -1,0 +1,39 @@
+"""Losses. Each takes arrays with a leading batch axis B and returns float32
+[B]: the mean over all other axes. The caller takes the mean over B."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def _mean_per_sample(x):
+  return x.astype(jnp.float32).reshape(x.shape[0], -1).mean(-1)
+
+
+def bce(logits, target):
+  """Binary cross-entropy of sigmoid(logits) against a constant 0 or 1."""
+  labels = jnp.full_like(logits, target)
+  return _mean_per_sample(optax.sigmoid_binary_cross_entropy(logits, labels))
+
+
+def least_squares(logits, target):
+  """(logits - target)^2, LSGAN with labels 0 and 1."""
+  return _mean_per_sample(jnp.square(logits - target))
+
+
+GAN_LOSSES = {'bce': bce, 'least_squares': least_squares}
+
+
+def l1(a, b):
+  """Mean absolute difference."""
+  return _mean_per_sample(jnp.abs(a - b))
+
+
+def l2(a, b):
+  """Mean squared difference."""
+  return _mean_per_sample(jnp.square(a - b))
+
+
+def stop(tree):
+  """`lax.stop_gradient` of every leaf."""
+  return jax.tree.map(jax.lax.stop_gradient, tree)

@@ -1,0 +1,74 @@
+"""The methods: {name: class}. A method is a frozen set of hyperparameters
+with pure functions `init`, `train_step` and `animate`."""
+
+import dataclasses
+import inspect
+from typing import Protocol
+
+from hatjax import optim
+from hatjax.methods import hat_cgan
+
+METHODS = {'hat_cgan': hat_cgan.HatCGAN}
+
+
+class Method(Protocol):
+  """What the commands ask of a method."""
+
+  reads: tuple[str, ...]
+
+  def init(self, rng, batch):
+    """TrainState at step 0 from a batch; runs under `jax.eval_shape`."""
+
+  def train_step(self, state, batch, rng):
+    """(new state, {name: scalar}); pure."""
+
+  def animate(self, state, inputs, rng, num_frames):
+    """[B, T, H, W, C] in [-1, 1]; may be split into `encode`, `decode`."""
+
+
+def make(stage, steps_per_epoch=1, **model):
+  """Builds the method of a stage from its config blocks.
+
+  Args:
+    stage: mapping with `method`, `model` (keyword arguments of the class) and
+      `optim` (net name -> keyword arguments of `optim.make_tx`).
+    steps_per_epoch: for schedules that count in epochs.
+    **model: model settings known only from the data, such as num_labels;
+      those of the config win.
+
+  Raises:
+    ValueError: unknown method or setting, by its full name.
+  """
+  name = stage['method']
+  if name not in METHODS:
+    raise ValueError(
+      f'Unknown method {name!r}. Choose one of: {", ".join(sorted(METHODS))}.'
+    )
+  cls = METHODS[name]
+  fields = {f.name for f in dataclasses.fields(cls)}
+  settings = {k: v for k, v in model.items() if k in fields}
+  settings |= {k: _tuples(v) for k, v in dict(stage['model']).items()}
+  unknown = sorted(set(settings) - fields)
+  if unknown:
+    known = ', '.join(sorted(fields - {'tx', 'axis_name'}))
+    raise ValueError(
+      f'Unknown setting model.{unknown[0]}. {name} has: {known}.'
+    )
+  tx = {}
+  for net, block in dict(stage['optim']).items():
+    known = inspect.signature(optim.make_tx).parameters
+    for key in block:
+      if key not in known:
+        raise ValueError(
+          f'Unknown setting optim.{net}.{key}. It has: {", ".join(known)}.'
+        )
+    tx[net] = optim.make_tx(
+      **{'steps_per_epoch': steps_per_epoch, **dict(block)}
+    )
+  return cls(tx=tx, **settings)
+
+
+def _tuples(value):
+  """Sequences are tuples, also after a trip through json."""
+  many = isinstance(value, list | tuple)
+  return tuple(map(_tuples, value)) if many else value

@@ -1,0 +1,246 @@
+"""Blocks that two or more nets share, and how convolutions are lowered.
+
+Arrays are [N, *spatial, C] with one, two or three spatial axes; parameters are
+float32 in the standard HWIO shape whatever the lowering, so checkpoints do not
+depend on the platform. `dtype` is the compute type.
+"""
+
+import contextlib
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LOWERINGS = ('auto', 'plain', 'rewritten')
+_lowering = ['auto']
+
+
+@contextlib.contextmanager
+def lowering(name):
+  """Chooses how strided convolutions traced inside are lowered.
+
+  Args:
+    name: 'plain' (the primitive), 'rewritten' (an exact stride-1 form), or
+      'auto': rewritten on CPU, where XLA's strided form is 6x slower.
+  """
+  if name not in LOWERINGS:
+    raise ValueError(f'Unknown lowering {name!r}. Choose one of: {LOWERINGS}.')
+  before, _lowering[0] = _lowering[0], name
+  try:
+    yield
+  finally:
+    _lowering[0] = before
+
+
+def _rewrite():
+  if _lowering[0] == 'auto':
+    return jax.default_backend() == 'cpu'
+  return _lowering[0] == 'rewritten'
+
+
+def _dimension_numbers(nd):
+  axes = 'DHW'[3 - nd :]
+  return f'N{axes}C', f'{axes}IO', f'N{axes}C'
+
+
+def _convolve(x, kernel, strides, padding, lhs_dilation=None):
+  nd = kernel.ndim - 2
+  return lax.conv_general_dilated(
+    x, kernel, strides, padding, lhs_dilation=lhs_dilation,
+    dimension_numbers=_dimension_numbers(nd),
+  )
+
+
+def _pad_kernel_to_4(kernel):
+  """k3 s2 p1 is k4 s2 p1 whose last tap is zero (even sizes)."""
+  nd = kernel.ndim - 2
+  pads = [(0, 4 - k) for k in kernel.shape[:nd]]
+  return jnp.pad(kernel, [*pads, (0, 0), (0, 0)])
+
+
+def downsample_conv(x, kernel):
+  """Convolution with kernel 3 or 4, stride 2, padding 1; even sizes.
+
+  Args:
+    x: [N, *spatial, C].
+    kernel: [k, ..., C, O], k = 3 or 4.
+
+  Returns:
+    [N, *spatial / 2, O].
+  """
+  nd = kernel.ndim - 2
+  if not _rewrite():
+    return _convolve(x, kernel, (2,) * nd, [(1, 1)] * nd)
+  # Zero-pad, move each 2x..x2 cell into channels, then a 2x..x2 convolution.
+  kernel = _pad_kernel_to_4(kernel)
+  channels, features = kernel.shape[-2:]
+  x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
+  return _convolve(
+    _cells_to_channels(x, nd),
+    _split_axes(kernel, nd).reshape(*(2,) * nd, 2**nd * channels, features),
+    (1,) * nd,
+    'VALID',
+  )
+
+
+def _cells_to_channels(x, nd):
+  shape = [x.shape[0]]
+  for size in x.shape[1:-1]:
+    shape += [size // 2, 2]
+  order = [0, *range(1, 2 * nd, 2), *range(2, 2 * nd + 1, 2), 2 * nd + 1]
+  x = x.reshape(*shape, x.shape[-1]).transpose(order)
+  return x.reshape(*x.shape[: nd + 1], -1)
+
+
+def _split_axes(kernel, nd):
+  """[4, .., I, O] -> [2, .., 2, .., I, O]: which cell, which place in it."""
+  kernel = kernel.reshape(*(2, 2) * nd, *kernel.shape[-2:])
+  order = [*range(0, 2 * nd, 2), *range(1, 2 * nd, 2), 2 * nd, 2 * nd + 1]
+  return kernel.transpose(order)
+
+
+def upsample_conv(x, kernel):
+  """Transposed convolution that doubles the size.
+
+  Output o collects input i through tap k where o = 2 i - 1 + k: kernel 4,
+  stride 2, padding 1, or kernel 3 with one row of output padding.
+
+  Args:
+    x: [N, *spatial, C].
+    kernel: [k, ..., C, O], k = 3 or 4.
+
+  Returns:
+    [N, 2 * spatial, O].
+  """
+  nd = kernel.ndim - 2
+  kernel = _pad_kernel_to_4(kernel)
+  if not _rewrite():
+    flipped = jnp.flip(kernel, range(nd))
+    return _convolve(
+      x, flipped, (1,) * nd, [(2, 2)] * nd, lhs_dilation=(2,) * nd
+    )
+  # Each output parity sees two inputs per axis: one 2x..x2 convolution makes
+  # all parities at once, then they are shifted and interleaved.
+  features = kernel.shape[-1]
+  taps = jnp.array([[3, 1], [2, 0]])  # parity -> kernel taps of x[i-1], x[i]
+  phases = []
+  for parity in itertools.product((0, 1), repeat=nd):
+    phase = kernel
+    for axis, p in enumerate(parity):
+      phase = jnp.take(phase, taps[p], axis=axis)
+    phases.append(phase)
+  x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
+  y = _convolve(x, jnp.concatenate(phases, -1), (1,) * nd, 'VALID')
+  parts = []
+  for i, parity in enumerate(itertools.product((0, 1), repeat=nd)):
+    window = tuple(
+      slice(p, p + n - 1) for p, n in zip(parity, y.shape[1:-1])
+    )
+    part = y[(slice(None), *window, slice(i * features, (i + 1) * features))]
+    parts.append(part)
+  return _interleave(jnp.stack(parts, axis=-2), nd)
+
+
+def _interleave(x, nd):
+  """[N, *spatial, 2**nd, C] -> [N, 2 * spatial, C]."""
+  n, *spatial, _, channels = x.shape
+  x = x.reshape(n, *spatial, *(2,) * nd, channels)
+  order = [0]
+  for axis in range(nd):
+    order += [1 + axis, 1 + nd + axis]
+  x = x.transpose(*order, 2 * nd + 1)
+  return x.reshape(n, *[2 * s for s in spatial], channels)
+
+
+def normal_init(std=0.02):
+  """Weights ~ N(0, std), as DCGAN and its descendants start."""
+  return nn.initializers.normal(std)
+
+
+class Conv(nn.Module):
+  """Convolution with bias; `stride` 1 ('same' by `pad`), 2, or -2 (doubling).
+
+  Attributes:
+    features: output channels.
+    kernel: side of the kernel.
+    stride: 1, 2 (kernel 3 or 4, padding 1), or -2 (transposed).
+    pad: zero padding on each side, for stride 1.
+    reflect: pad by reflection instead of zeros, for stride 1.
+    nd: number of spatial axes.
+    dtype: compute type; parameters are float32.
+  """
+
+  features: int
+  kernel: int = 3
+  stride: int = 1
+  pad: int = 1
+  reflect: bool = False
+  nd: int = 2
+  kernel_init: nn.initializers.Initializer = normal_init()
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (self.kernel,) * self.nd + (x.shape[-1], self.features)
+    kernel = self.param('kernel', self.kernel_init, shape)
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
+    if self.stride == 2:
+      return downsample_conv(x, kernel) + bias
+    if self.stride == -2:
+      return upsample_conv(x, kernel) + bias
+    padding = [(self.pad, self.pad)] * self.nd
+    if self.reflect:
+      x = jnp.pad(x, [(0, 0), *padding, (0, 0)], mode='reflect')
+      padding = 'VALID'
+    return _convolve(x, kernel, (1,) * self.nd, padding) + bias
+
+
+class Dense(nn.Module):
+  """Linear layer, weights ~ N(0, 0.02) unless told otherwise."""
+
+  features: int
+  kernel_init: nn.initializers.Initializer = normal_init()
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(
+      self.features, kernel_init=self.kernel_init, dtype=self.dtype
+    )(x)
+
+
+def instance_norm(x, eps=1e-5):
+  """(x - mean) / sqrt(var + eps) over the spatial axes, biased variance.
+
+  No affine parameters and no running statistics. Computed in float32.
+
+  Args:
+    x: [N, *spatial, C].
+    eps: added to the variance.
+
+  Returns:
+    Same shape and dtype as `x`.
+  """
+  axes = tuple(range(1, x.ndim - 1))
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(axes, keepdims=True)
+  centred = wide - mean
+  var = jnp.square(centred).mean(axes, keepdims=True)
+  return (centred * lax.rsqrt(var + eps)).astype(x.dtype)
+
+
+def leaky_relu(x):
+  """Slope 0.2 below zero."""
+  return jax.nn.leaky_relu(x, 0.2)
+
+
+def num_halvings(size):
+  """log2 of a side, which must be a power of two."""
+  levels = int(math.log2(size)) if size > 0 else 0
+  if 2**levels != size:
+    raise ValueError(f'A U-Net side must be a power of two, not {size}.')
+  return levels

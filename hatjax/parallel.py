@@ -1,0 +1,167 @@
+"""One step function -> jit over a mesh, or pmap. The only file that knows
+devices."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+MODES = ('jit', 'pmap')
+AXIS = 'devices'
+
+
+def enable_compilation_cache():
+  """Keeps compiled programs in the user's cache folder between runs.
+
+  JAX_COMPILATION_CACHE_DIR chooses another folder, or none if empty.
+  """
+  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  if folder is None:
+    root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    folder = str(pathlib.Path(root) / 'hatjax' / 'xla')
+  jax.config.update('jax_compilation_cache_dir', folder or None)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+class Runner:
+  """Initializes, steps and moves the state of a method over the devices.
+
+  Args:
+    method: see `hatjax.methods`.
+    prepare: (batch, resident, rng) -> the method's batch, inside jit.
+    resident: arrays that stay on the device, {} if none.
+    mode: 'jit' over a mesh, or 'pmap'.
+    devices: default all.
+    dispatch: how several steps are dispatched: 'scan' as one program, 'loop'
+      one by one, 'auto': loop on CPU, where XLA runs a rolled training step
+      ten times slower, scan elsewhere.
+  """
+
+  def __init__(
+    self, method, prepare, resident=None, mode='jit', devices=None,
+    dispatch='auto',
+  ):
+    if mode not in MODES:
+      raise ValueError(
+        f'config.parallel is {mode!r}. Choose one of: {", ".join(MODES)}.'
+      )
+    self.devices = list(devices or jax.devices())
+    if dispatch == 'auto':
+      dispatch = 'loop' if self.devices[0].platform == 'cpu' else 'scan'
+    self.mode, self.dispatch = mode, dispatch
+    if mode == 'pmap':
+      method = dataclasses.replace(method, axis_name=AXIS)
+    self.method, self._prepare = method, prepare
+    self._mesh = jax.make_mesh(
+      (len(self.devices),), ('data',), axis_types=(AxisType.Auto,),
+      devices=self.devices,
+    )
+    self._replicated = NamedSharding(self._mesh, PartitionSpec())
+    resident = resident or {}
+    if mode == 'pmap':
+      self._resident = jax.tree.map(self._copies, resident)
+      self._step = jax.pmap(
+        self._one, AXIS, in_axes=(0, 0, 0, None), devices=self.devices,
+        donate_argnums=0,
+      )
+    else:
+      self._resident = jax.device_put(resident, self._replicated)
+      self._step = self._jit(self._one, PartitionSpec('data'))
+      self._scan = self._jit(self._several, PartitionSpec(None, 'data'))
+
+  def _jit(self, function, batch_spec):
+    r = self._replicated
+    batch = NamedSharding(self._mesh, batch_spec)
+    return jax.jit(
+      function, donate_argnums=0, in_shardings=(r, batch, r, r),
+      out_shardings=(r, r),
+    )
+
+  def _one(self, state, batch, resident, rng):
+    """Step k with the key fold_in(rng, k)."""
+    rng = jax.random.fold_in(rng, state.step)
+    if self.mode == 'pmap':
+      rng = jax.random.fold_in(rng, jax.lax.axis_index(AXIS))
+    rng_data, rng_step = jax.random.split(rng)
+    batch = self._prepare(batch, resident, rng_data)
+    state, metrics = self.method.train_step(state, batch, rng_step)
+    return state.replace(step=state.step + 1), metrics
+
+  def _several(self, state, batches, resident, rng):
+    body = lambda state, batch: self._one(state, batch, resident, rng)
+    state, metrics = jax.lax.scan(body, state, batches)
+    return state, jax.tree.map(lambda m: m[-1], metrics)
+
+  def _copies(self, x):
+    return jnp.broadcast_to(x, (len(self.devices), *np.shape(x)))
+
+  def check_batch_size(self, batch_size):
+    """Raises ValueError unless the devices can share the batch evenly."""
+    n = len(self.devices)
+    if batch_size % n:
+      raise ValueError(
+        f'data.batch_size {batch_size} does not divide over {n} devices. '
+        f'Use {max(n, batch_size // n * n)} or another multiple of {n}.'
+      )
+
+  def abstract_state(self, example):
+    """Shapes of the state as one device (and a checkpoint) sees it."""
+    return jax.eval_shape(self.method.init, jax.random.key(0), example)
+
+  def init(self, rng, example):
+    """State at step 0, placed on the devices."""
+    init = jax.jit(self.method.init, out_shardings=self._replicated)
+    return self.place(init(rng, example))
+
+  def place(self, state):
+    """A single state -> replicas."""
+    if self.mode == 'pmap':
+      return jax.tree.map(self._copies, state)
+    return jax.device_put(state, self._replicated)
+
+  def fetch(self, state):
+    """Replicas -> the single state (still on device)."""
+    if self.mode == 'pmap':
+      return jax.tree.map(lambda x: x[0], state)
+    return state
+
+  def step(self, state, batches, rng):
+    """Runs one step per host batch; donates `state`.
+
+    Args:
+      state: as `init` or `place` gives it.
+      batches: list of host batches.
+      rng: the root key of the run; step k uses fold_in(rng, k).
+
+    Returns:
+      The new state, and the metrics of the last step (not fetched).
+    """
+    if self.mode == 'jit' and self.dispatch == 'scan' and len(batches) > 1:
+      stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+      return self._scan(state, stacked, self._resident, rng)
+    for batch in batches:
+      if self.mode == 'pmap':
+        batch = jax.tree.map(self._shard, batch)
+      state, metrics = self._step(state, batch, self._resident, rng)
+    if self.mode == 'pmap':
+      metrics = jax.tree.map(lambda m: m[0], metrics)
+    return state, metrics
+
+  def _shard(self, x):
+    n = len(self.devices)
+    return x.reshape(n, len(x) // n, *x.shape[1:])
+
+
+@functools.partial(jax.jit)
+def all_finite(tree):
+  """Whether every float in the tree is finite."""
+  leaves = [
+    jnp.isfinite(x).all() for x in jax.tree.leaves(tree)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  return jnp.stack(leaves).all()

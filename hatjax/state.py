@@ -1,0 +1,61 @@
+"""TrainState: everything that a training step changes, keyed by net name."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+class TrainState(struct.PyTreeNode):
+  """Parameters, optimizer and other state of a method.
+
+  Attributes:
+    step: int32 [], steps done.
+    params: {net name: parameters}.
+    opt_state: {net name: optax state}; a net without an entry is frozen.
+    model_state: whatever else a method carries from step to step.
+    ema: {net name: averaged parameters}; {} if none.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: dict
+  model_state: dict
+  ema: dict
+
+  def apply_gradients(self, tx, **grads):
+    """One optimizer update for each named net."""
+    params, opt_state = dict(self.params), dict(self.opt_state)
+    for net, grad in grads.items():
+      updates, opt_state[net] = tx[net].update(
+        grad, opt_state[net], params[net]
+      )
+      params[net] = optax.apply_updates(params[net], updates)
+    return self.replace(params=params, opt_state=opt_state)
+
+  def inference_params(self, net):
+    """The averaged parameters of a net, or its latest if none are kept."""
+    return self.ema.get(net, self.params[net])
+
+
+def create(params, tx, model_state=None, ema=()):
+  """A state at step 0.
+
+  Args:
+    params: {net name: parameters}.
+    tx: {net name: optax transformation}.
+    model_state: see TrainState.
+    ema: names of the nets whose average is kept.
+  """
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state={net: t.init(params[net]) for net, t in tx.items()},
+    model_state=model_state or {},
+    ema={net: jax.tree.map(jnp.copy, params[net]) for net in ema},
+  )
+
+
+def pmean(tree, axis_name):
+  """Mean over devices under pmap; the identity when `axis_name` is None."""
+  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

@@ -1,0 +1,284 @@
+"""Trains any method: config + records -> workdir. One loop for all."""
+
+import inspect
+import os
+import pathlib
+import signal
+import sys
+import time
+
+# Set before jax starts: a CPU user wants no warnings about missing GPUs.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import jax
+import numpy as np
+import tqdm
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from hatjax import data, parallel, runs, workdir
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None,
+  'Which data and methods, e.g. configs/ck_plus.py or '
+  'configs/ck_plus.py:hat_cgan,tiny. Any setting can be overridden: '
+  '--config.hat_cgan.train.num_steps=500',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None,
+  'Folder of the run; default runs/<config and arguments>. Run again with '
+  'the same one to resume.',
+)
+_DATA_DIR = flags.DEFINE_string(
+  'data_dir', None,
+  'Where the records live; default $TFDS_DATA_DIR, else '
+  '~/tensorflow_datasets.',
+)
+
+
+class Interrupted(Exception):
+  """SIGTERM or Ctrl-C came; the state is saved."""
+
+
+class _Signals:
+  """Notes SIGTERM and SIGINT; the loop looks between steps."""
+
+  def __init__(self):
+    self.name = None
+    self._before = {}
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    if self.name == 'SIGINT':
+      raise KeyboardInterrupt  # The second Ctrl-C does not wait.
+    self.name = signal.Signals(number).name
+
+  def __exit__(self, *exc):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def train(config, folder, data_dir=None):
+  """Trains every stage of a config in order; resumes what is there.
+
+  Args:
+    config: dict with `stages`, `seed`, `parallel`, and a block per stage.
+    folder: workdir.
+    data_dir: where the records live; see `data.data_dir`.
+
+  Returns:
+    {stage name: final state}.
+
+  Raises:
+    ValueError: a setting, the data or the workdir is wrong, or a loss is nan.
+    Interrupted: a signal asked to stop; the run is saved.
+  """
+  # Everything that can be wrong in the settings is found here, before the
+  # workdir is made and a device is touched.
+  parts = []
+  for name in config['stages']:
+    block = config[name]
+    batches = _call(
+      data.make_batches, f'{name}.data', seed=config['seed'],
+      directory=data_dir, **block['data'],
+    )
+    info = describe(batches)
+    epoch = max(1, len(batches.clips) // batches.batch_size)
+    method = runs.make_method(block, info, batches.image_size, epoch)
+    parts.append((name, block, batches, method))
+  config = {**config, 'info': info}
+  root = jax.random.key(config['seed'])
+  states = {}
+  with workdir.open_workdir(folder, config) as folder:
+    for name, block, batches, method in parts:
+      run = workdir.Run(folder / name, block['train'].get('keep', 3))
+      try:
+        stage = _Stage(config, block, batches, method, run, data_dir)
+        states[name] = _train_stage(stage, root)
+      finally:
+        run.close()
+  return states
+
+
+def _call(function, block, **kwargs):
+  """function(**kwargs), a misspelt setting being named."""
+  known = inspect.signature(function).parameters
+  for key in kwargs:
+    if key not in known:
+      raise ValueError(
+        f'Unknown setting config.{block}.{key}. It has: {", ".join(known)}.'
+      )
+  return function(**kwargs)
+
+
+def describe(batches):
+  """What the data say and a run must remember."""
+  metadata = batches.records.metadata
+  return {
+    'labels': list(batches.labels),
+    'crop': metadata['options']['crop'],
+    'fingerprint': metadata['fingerprint'],
+  }
+
+
+class _Stage:
+  """One stage being trained: what the loop below does between steps."""
+
+  def __init__(self, config, stage, batches, method, run, data_dir):
+    self.settings, self.run = stage['train'], run
+    self.batches = batches
+    self.runner = parallel.Runner(
+      method, batches.prepare, batches.resident_frames(),
+      config.get('parallel', 'jit'),
+      dispatch=self.settings.get('dispatch', 'auto'),
+    )
+    self.runner.check_batch_size(batches.batch_size)
+    validation = data.make_batches(
+      directory=data_dir,
+      **{**stage['data'], 'split': self.settings.get('val_split', 'val')},
+    )
+    self.clips = list(
+      validation.whole_clips(self.settings.get('val_clips', 8))
+    )
+    self.scorer = runs.make_scorer(method)
+
+  def start(self, root):
+    """(step, state): the newest checkpoint, or step 0."""
+    example = self.batches.example()
+    step = self.run.latest_step()
+    if step is None:
+      return 0, self.runner.init(jax.random.fold_in(root, 2**31), example)
+    print(f'Resuming {self.run.folder} at step {step}.')
+    state = self.run.restore(self.runner.abstract_state(example))
+    return step, self.runner.place(state)
+
+  def due(self, name, before, step):
+    """Whether a multiple of settings[name] lies in (before, step]."""
+    every = self.settings.get(name, 500)
+    return step == self.settings['num_steps'] or (
+      step // every > before // every
+    )
+
+  def check(self, step, state, metrics):
+    """Host metrics; ValueError if one, or a parameter, is not finite."""
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    bad = [k for k, v in metrics.items() if not np.isfinite(v)]
+    if not bad and parallel.all_finite(self.runner.fetch(state)):
+      return metrics
+    good = self.run.latest_step()
+    raise ValueError(
+      f'{bad[0] if bad else "A parameter"} became nan by step {step}. Last '
+      'good checkpoint: '
+      + (f'{self.run.folder}/checkpoints/{good}.' if good else 'none.')
+    )
+
+  def save(self, step, state, with_sample):
+    """Scores, saves and perhaps draws the state."""
+    state = self.runner.fetch(state)
+    scores, pairs = runs.score_clips(self.scorer, state, self.clips)
+    if scores:
+      self.run.log(step, scores)
+    self.run.save(step, state, scores)
+    if with_sample and pairs:
+      self.run.sample(step, pairs[:6])
+    self.run.plot_losses()
+
+
+def _train_stage(stage, root):
+  """The loop: steps in chunks, and what is due after each."""
+  step, state = stage.start(root)
+  stage.run.forget_after(step)
+  num_steps = stage.settings['num_steps']
+  chunk = stage.settings.get('steps_per_dispatch', 1)
+  frames = stage.batches.batch_size * stage.batches.num_frames
+  stream = stage.batches.iterate(step)
+  clock = _Clock(step)
+  with _Signals() as signals, _progress_bar(stage, step) as bar:
+    while step < num_steps:
+      before = step
+      # Chunks align to step 0, so that resumed equals unbroken.
+      step += min(chunk - step % chunk, num_steps - step)
+      batches = [next(stream) for _ in range(step - before)]
+      state, metrics = stage.runner.step(state, batches, root)
+      bar.update(step - before)
+      stop = signals.name is not None
+      if stop or stage.due('log_every', before, step):
+        metrics = stage.check(step, state, metrics)
+        speed = clock.lap(step) * frames
+        stage.run.log(step, metrics | {'frames_per_second': speed})
+        bar.set_postfix(_shown(metrics), fps=f'{speed:.0f}')
+      if stop or stage.due('ckpt_every', before, step):
+        stage.check(step, state, metrics)
+        stage.save(step, state, stage.due('sample_every', before, step))
+        clock.lap(step)
+      if stop:
+        stage.run.wait()
+        raise Interrupted(
+          f'{signals.name}: saved {stage.run.folder} at step {step}. Run the '
+          'same command again to go on.'
+        )
+  stage.run.wait()
+  return stage.runner.fetch(state)
+
+
+def _progress_bar(stage, step):
+  return tqdm.tqdm(
+    total=stage.settings['num_steps'], initial=step, unit='step',
+    desc=stage.run.folder.name, dynamic_ncols=True, file=sys.stdout,
+  )
+
+
+def _shown(metrics):
+  """The few numbers that fit beside the bar."""
+  names = ('loss/l1', 'loss/gan', 'loss/generator', 'psnr/train')
+  short = {n.split('/')[0 if 'psnr' in n else 1]: n for n in names}
+  return {k: f'{metrics[n]:.3g}' for k, n in short.items() if n in metrics}
+
+
+class _Clock:
+  """Steps per second since the last look."""
+
+  def __init__(self, step):
+    self.logged, self._time = step, time.perf_counter()
+
+  def lap(self, step):
+    now = time.perf_counter()
+    rate = (step - self.logged) / max(now - self._time, 1e-9)
+    self.logged, self._time = step, now
+    return rate
+
+
+def default_workdir(config_flag):
+  """runs/<config and arguments>: configs/a.py:b,c -> runs/a-b-c."""
+  path, _, argument = config_flag.partition(':')
+  parts = [pathlib.Path(path).stem, *filter(None, argument.split(','))]
+  return pathlib.Path('runs') / '-'.join(parts)
+
+
+def main(argv):
+  """The command."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected argument: {argv[1]}')
+  if _CONFIG.value is None:
+    raise app.UsageError('Pass --config, e.g. --config configs/ck_plus.py')
+  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+  parallel.enable_compilation_cache()
+  flag = config_flags.get_config_filename(flags.FLAGS['config'])
+  folder = _WORKDIR.value or default_workdir(flag)
+  try:
+    train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)
+  except Interrupted as stop:
+    print(stop)
+    return
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  print(f'Trained. Everything is in {folder}')
+
+
+if __name__ == '__main__':
+  app.run(main)

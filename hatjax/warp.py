@@ -1,0 +1,159 @@
+"""Coordinate grids and bilinear warps, differentiable in image and motion.
+
+Images are float [B, H, W, C]; coordinates are normalized, x to the right and
+y down, -1 and 1 being the centres of the outermost pixels. A map says, for
+each output place, where to look in the input; outside the image the nearest
+edge pixel answers. Everything is jittable and made of static shapes.
+"""
+
+import jax.numpy as jnp
+
+# Up to this side the matrix form is faster on CPU; it has no scatter in its
+# backward pass, so it is deterministic on a GPU as well.
+MATRIX_MAX_SIDE = 32
+
+
+def grid(height, width):
+  """Normalized coordinates (x, y) of every pixel, float32 [H, W, 2]."""
+  ys = jnp.linspace(-1.0, 1.0, height) if height > 1 else jnp.zeros(1)
+  xs = jnp.linspace(-1.0, 1.0, width) if width > 1 else jnp.zeros(1)
+  return jnp.stack(jnp.meshgrid(xs, ys), -1)
+
+
+def identity_affine():
+  """The 2x3 map [I | 0]."""
+  return jnp.eye(2, 3)
+
+
+def affine_grid(theta, height, width):
+  """Where each output place looks: x' = A x + b (HAT-cGAN-DIFF eq. 2).
+
+  Args:
+    theta: [..., 2, 3], rows (a0 a1 a2) and (b0 b1 b2).
+    height: output rows.
+    width: output columns.
+
+  Returns:
+    [..., H, W, 2] normalized input coordinates.
+  """
+  xy = grid(height, width)
+  linear = jnp.einsum('...ij,hwj->...hwi', theta[..., :2], xy)
+  return linear + theta[..., None, None, :, 2]
+
+
+def _to_pixels(where, height, width):
+  x = (where[..., 0] + 1) * (0.5 * (width - 1))
+  y = (where[..., 1] + 1) * (0.5 * (height - 1))
+  return jnp.clip(x, 0, width - 1), jnp.clip(y, 0, height - 1)
+
+
+def _tent(position, size):
+  """Bilinear weights max(0, 1 - |position - i|), [..., size]."""
+  away = jnp.abs(position[..., None] - jnp.arange(size))
+  return jnp.maximum(0.0, 1.0 - away)
+
+
+def warp_matrix(where, height, width):
+  """The bilinear warp as separable tent weights.
+
+  Args:
+    where: [..., Q, 2] normalized input coordinates of Q output places.
+    height: input rows.
+    width: input columns.
+
+  Returns:
+    (rows [..., Q, H], columns [..., Q, W]); output q is
+    sum_ij rows[q, i] columns[q, j] image[i, j].
+  """
+  x, y = _to_pixels(where, height, width)
+  return _tent(y, height), _tent(x, width)
+
+
+def warp_frames(image, where, form='auto'):
+  """Samples `image` bilinearly.
+
+  Args:
+    image: [B, H, W, C].
+    where: [B, H', W', 2] normalized input coordinates.
+    form: 'gather' (four corners), 'matrix' (tent weights, deterministic
+      backward pass everywhere), or 'auto' by size.
+
+  Returns:
+    [B, H', W', C].
+  """
+  _, height, width, _ = image.shape
+  if form == 'auto':
+    small = max(height, width) <= MATRIX_MAX_SIDE
+    form = 'matrix' if small else 'gather'
+  if form == 'matrix':
+    rows, columns = warp_matrix(where, height, width)
+    rows, columns = rows.astype(image.dtype), columns.astype(image.dtype)
+    mixed = jnp.einsum('bpqi,bijc->bpqjc', rows, image)
+    return jnp.einsum('bpqj,bpqjc->bpqc', columns, mixed)
+  if form != 'gather':
+    raise ValueError(f"Unknown warp form {form!r}: 'auto', 'gather', 'matrix'.")
+  return _gather(image, where)
+
+
+def _gather(image, where):
+  b, height, width, channels = image.shape
+  x, y = _to_pixels(where, height, width)
+  x0 = jnp.clip(jnp.floor(x), 0, max(width - 2, 0))
+  y0 = jnp.clip(jnp.floor(y), 0, max(height - 2, 0))
+  fx, fy = (x - x0)[..., None], (y - y0)[..., None]
+  x0, y0 = x0.astype(jnp.int32), y0.astype(jnp.int32)
+  x1, y1 = jnp.minimum(x0 + 1, width - 1), jnp.minimum(y0 + 1, height - 1)
+  flat = image.reshape(b, height * width, channels)
+
+  def corner(yy, xx):
+    index = (yy * width + xx).reshape(b, -1, 1)
+    return jnp.take_along_axis(flat, index, axis=1).reshape(
+      *x.shape, channels
+    )
+
+  fx, fy = fx.astype(image.dtype), fy.astype(image.dtype)
+  top = corner(y0, x0) * (1 - fx) + corner(y0, x1) * fx
+  bottom = corner(y1, x0) * (1 - fx) + corner(y1, x1) * fx
+  return top * (1 - fy) + bottom * fy
+
+
+def warp_parts(image, theta, maps, form='auto'):
+  """Each part of an image moves by its own affine map.
+
+  w(t) = M_0 * image + sum_p M_p * warp(image, theta_{t,p}).
+
+  Args:
+    image: [B, H, W, C].
+    theta: [B, T, P, 2, 3].
+    maps: [B, H, W, 1 + P], summing to 1 over the last axis; M_0 stays still.
+    form: as in `warp_frames`; the matrix form merges all parts into one
+      product.
+
+  Returns:
+    [B, T, H, W, C].
+  """
+  b, height, width, channels = image.shape
+  t, parts = theta.shape[1:3]
+  if form == 'auto':
+    small = max(height, width) <= MATRIX_MAX_SIDE
+    form = 'matrix' if small else 'gather'
+  still = (maps[..., :1] * image)[:, None]
+  where = affine_grid(theta, height, width)  # [B, T, P, H, W, 2]
+  moving = maps[..., 1:]
+  if form == 'gather':
+    flat = where.transpose(0, 1, 3, 2, 4, 5).reshape(
+      b, t * height * parts, width, 2
+    )
+    warped = _gather(image, flat)
+    warped = warped.reshape(b, t, height, parts, width, channels)
+    moved = jnp.einsum('bthpwc,bhwp->bthwc', warped, moving)
+    return still + moved
+  rows, columns = warp_matrix(
+    where.reshape(b, t, parts, height * width, 2), height, width
+  )
+  rows = rows * moving.reshape(b, 1, -1, parts).transpose(0, 1, 3, 2)[..., None]
+  weights = jnp.einsum('btpqi,btpqj->btqij', rows, columns)
+  weights = weights.reshape(b, t * height * width, height * width)
+  flat = image.reshape(b, height * width, channels)
+  moved = jnp.einsum('bqk,bkc->bqc', weights.astype(image.dtype), flat)
+  return still + moved.reshape(b, t, height, width, channels)

@@ -1,0 +1,344 @@
+"""Everything on disk for a run.
+
+    <workdir>/config.json                    config and what the data said
+    <workdir>/<stage>/checkpoints/<step>/    orbax, the last N and the best
+    <workdir>/<stage>/metrics.jsonl          one line per log
+    <workdir>/<stage>/losses.png             curves of it
+    <workdir>/<stage>/samples/<step>.png, .mp4
+    <workdir>/<stage>/tensorboard/
+
+A run may be killed at any moment: files are replaced by renaming, and a
+resumed run drops the log lines after its checkpoint.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (
+  AnyPreservationPolicy,
+  BestN,
+  LatestN,
+)
+
+from hatjax import video
+
+# These settings of the train block may change when a run goes on.
+FREE = (
+  'num_steps', 'log_every', 'ckpt_every', 'sample_every', 'keep', 'val_clips',
+)
+
+
+def read_config(workdir):
+  """The dict in <workdir>/config.json.
+
+  Raises:
+    ValueError: no run there, or the file is damaged.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ValueError(
+      f'{workdir} is not a run: it has no config.json. Train one: python -m '
+      f'hatjax.train --config configs/ck_plus.py --workdir {workdir}'
+    ) from None
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise ValueError(f'{path} cannot be read: {error}.') from error
+
+
+def _write_atomically(path, text):
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    temporary.write_text(text)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _flat(tree, prefix=''):
+  """{'a.b': value}; sequences compare as lists, as json gives them back."""
+  if isinstance(tree, dict):
+    dot = prefix + '.' if prefix else ''
+    items = [_flat(v, dot + k) for k, v in tree.items()]
+    return {k: v for item in items for k, v in item.items()}
+  return {prefix: json.loads(json.dumps(tree))}
+
+
+def differences(old, new):
+  """'a.b: 1 -> 2' for every setting that differs and may not."""
+  old, new = _flat(old), _flat(new)
+  free = lambda key: key.split('.')[-2:-1] == ['train'] and (
+    key.split('.')[-1] in FREE
+  )
+  keys = sorted(k for k in old.keys() | new.keys() if not free(k))
+  return [
+    f'{k}: {old.get(k, "absent")!r} -> {new.get(k, "absent")!r}'
+    for k in keys if old.get(k) != new.get(k)
+  ]
+
+
+@contextlib.contextmanager
+def open_workdir(workdir, config):
+  """Creates or resumes a run; holds its lock.
+
+  Args:
+    workdir: folder of the run.
+    config: plain dict of everything that defines the run.
+
+  Yields:
+    pathlib.Path of the workdir.
+
+  Raises:
+    ValueError: not writable, held by another process, or another config.
+  """
+  workdir = pathlib.Path(workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / '.lock', 'w')
+  except OSError as error:
+    raise ValueError(
+      f'Cannot write to {workdir}: {error.strerror}. Choose another folder '
+      'with --workdir.'
+    ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise ValueError(
+        f'{workdir} is in use by another process. Wait for it, or choose '
+        'another --workdir.'
+      ) from None
+    path = workdir / 'config.json'
+    if path.exists():
+      found = differences(read_config(workdir), config)
+      if found:
+        shown = '; '.join(found[:5]) + (
+          f'; and {len(found) - 5} more' if len(found) > 5 else ''
+        )
+        raise ValueError(
+          f'{workdir} holds a run with another config ({shown}). Choose '
+          'another --workdir, or set these back.'
+        )
+    _write_atomically(path, json.dumps(config, indent=2) + '\n')
+    yield workdir
+
+
+class Run:
+  """One stage of a run on disk.
+
+  Args:
+    folder: <workdir>/<stage>.
+    keep: checkpoints kept besides the best.
+    read_only: for generate and evaluate; nothing is created.
+  """
+
+  def __init__(self, folder, keep=3, read_only=False):
+    self.folder = pathlib.Path(folder)
+    self._board = None
+    if read_only and not (self.folder / 'checkpoints').is_dir():
+      raise ValueError(
+        f'{self.folder} has no checkpoints yet. Train further: run '
+        'hatjax.train with the same config and workdir.'
+      )
+    if not read_only:
+      (self.folder / 'samples').mkdir(parents=True, exist_ok=True)
+    by_score = lambda metrics: metrics.get('val/psnr', -np.inf)
+    self._manager = ocp.CheckpointManager(
+      (self.folder / 'checkpoints').absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([
+          LatestN(n=keep), BestN(n=1, get_metric_fn=by_score),
+        ]),
+        best_fn=by_score,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
+      ),
+    )
+
+  def steps(self):
+    """Steps that have a checkpoint, rising."""
+    return sorted(self._manager.all_steps())
+
+  def latest_step(self):
+    """The newest checkpoint's step, or None."""
+    return self._manager.latest_step()
+
+  def best_step(self):
+    """The step of the best validation PSNR among those kept."""
+    return self._manager.best_step()
+
+  def restore(self, abstract_state, step=None):
+    """The state at `step` (default the latest), or None if there is none.
+
+    Raises:
+      ValueError: no such step, or a checkpoint of another config.
+    """
+    step = self.latest_step() if step is None else step
+    if step is None:
+      return None
+    if step not in self.steps():
+      raise ValueError(
+        f'{self.folder} has no checkpoint {step}. It has: '
+        f'{", ".join(map(str, self.steps()))}.'
+      )
+    self._check(abstract_state, step)
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.StandardRestore(abstract_state)
+      )
+    except Exception as error:  # orbax raises many kinds for a damaged one.
+      reason = str(error).strip().splitlines()[0][:200]
+      raise ValueError(
+        f'Checkpoint {self.folder}/checkpoints/{step} cannot be read '
+        f'({reason}). Delete it to go on from an earlier one.'
+      ) from error
+
+  def _check(self, abstract_state, step):
+    """Compares shapes first: orbax would fill or crop silently."""
+    flat = lambda tree: {
+      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    metadata = self._manager.item_metadata(step)
+    saved = flat(getattr(metadata, 'tree', metadata))
+    wanted = flat(abstract_state)
+    for key in sorted(saved.keys() | wanted.keys()):
+      if saved.get(key) != wanted.get(key):
+        raise ValueError(
+          f'Checkpoint {self.folder}/checkpoints/{step} is of another config: '
+          f'{key} is {saved.get(key, "absent")} there and '
+          f'{wanted.get(key, "absent")} here.'
+        )
+
+  def save(self, step, state, scores=None):
+    """Saves in the background; a checkpoint is complete or not there.
+
+    Raises:
+      ValueError: the disk said no; earlier checkpoints stay.
+    """
+    try:
+      self._manager.save(
+        step, args=ocp.args.StandardSave(state),
+        metrics={k: float(v) for k, v in (scores or {}).items()}, force=True,
+      )
+    except Exception as error:
+      raise self._save_error(step, error) from error
+
+  def wait(self):
+    """Until the last save is on disk."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._save_error(self.latest_step(), error) from error
+
+  def _save_error(self, step, error):
+    reason = str(error).strip().splitlines()[0][:200] or type(error).__name__
+    kept = ', '.join(map(str, self.steps())) or 'none'
+    return ValueError(
+      f'Checkpoint {step} could not be saved in {self.folder} ({reason}). '
+      f'Earlier ones are intact: {kept}. Free some space and run again.'
+    )
+
+  def close(self):
+    """Finishes the saves and the logs."""
+    self.wait()
+    self._manager.close()
+    if self._board is not None:
+      self._board.close()
+
+  # -- logs ----------------------------------------------------------------
+
+  def history(self):
+    """Lines of metrics.jsonl as dicts; a torn last line is left out."""
+    rows = []
+    path = self.folder / 'metrics.jsonl'
+    for line in path.read_text().splitlines() if path.exists() else ():
+      with contextlib.suppress(json.JSONDecodeError):
+        rows.append(json.loads(line))
+    return rows
+
+  def forget_after(self, step):
+    """Drops log lines after `step`, which a resumed run writes again."""
+    path = self.folder / 'metrics.jsonl'
+    if path.exists():
+      rows = [row for row in self.history() if row['step'] <= step]
+      text = ''.join(json.dumps(row) + '\n' for row in rows)
+      _write_atomically(path, text)
+
+  def log(self, step, scalars):
+    """Appends host scalars to metrics.jsonl and TensorBoard."""
+    row = {'step': step} | {k: float(v) for k, v in scalars.items()}
+    with open(self.folder / 'metrics.jsonl', 'a') as file:
+      file.write(json.dumps(row) + '\n')
+    for name, value in row.items():
+      if name != 'step':
+        self._tensorboard().add_scalar(name, value, step)
+
+  def _tensorboard(self):
+    if self._board is None:
+      import tensorboardX  # Slow to import; generate does not log.
+
+      self._board = tensorboardX.SummaryWriter(
+        str(self.folder / 'tensorboard')
+      )
+    return self._board
+
+  def sample(self, step, clips, fps=12):
+    """Writes samples/<step>.png (real frames over generated) and .mp4.
+
+    Args:
+      step: names the files.
+      clips: list of (real, fake), both uint8 [T, H, W, 3].
+      fps: of the mp4.
+    """
+    rows = [video.strip(x) for pair in clips for x in pair]
+    strip = video.stack_rows(rows)
+    path = self.folder / 'samples' / f'{step:08d}'
+    path.with_suffix('.png').write_bytes(video.encode_png(strip))
+    longest = max(len(real) for real, _ in clips)
+    hold = lambda x: np.concatenate([x, x[-1:].repeat(longest - len(x), 0)])
+    pairs = np.stack([
+      np.concatenate([hold(real), hold(fake)], 2) for real, fake in clips
+    ])
+    video.write_video(path.with_suffix('.mp4'), video.tile(pairs), fps)
+    self._tensorboard().add_image('samples', strip, step, dataformats='HWC')
+
+  def plot_losses(self):
+    """losses.png: curves of metrics.jsonl, as the paper's figures 9 and 10."""
+    rows = self.history()
+    names = sorted({k for row in rows for k in row if '/' in k})
+    groups = {}
+    for name in names:
+      groups.setdefault(_panel(name), []).append(name)
+    if not groups:
+      return
+    from matplotlib import figure  # Slow to import.
+
+    fig = figure.Figure(figsize=(5 * len(groups), 3.6), layout='constrained')
+    axes = np.atleast_1d(fig.subplots(1, len(groups)))
+    for axis, (title, members) in zip(axes, sorted(groups.items())):
+      for name in members:
+        points = [(row['step'], row[name]) for row in rows if name in row]
+        axis.plot(*zip(*points), label=name.split('/', 1)[1], linewidth=1)
+      axis.set(title=title, xlabel='step')
+      axis.legend(fontsize=7)
+      axis.grid(alpha=0.3)
+    path = self.folder / 'losses.png'
+    temporary = path.with_suffix('.tmp.png')
+    fig.savefig(temporary, dpi=110)
+    os.replace(temporary, path)
+
+
+def _panel(name):
+  """Which plot a metric belongs to."""
+  kind, rest = name.split('/', 1)
+  if kind == 'loss':
+    return 'discriminators' if 'discriminator' in rest else 'generator'
+  return {'psnr': 'PSNR (dB)', 'val': 'PSNR (dB)'}.get(kind, kind)
