@@ -205,10 +205,11 @@ class Batches:
     return self.records.labels
 
   def _picks(self):
-    """Endless grain data set of (clip, frames) choices."""
+    """Practically endless grain data set of (clip, frames) choices."""
+    epochs = 2**40 // len(self.clips)  # repeat() alone overflows in slices
     return (
       grain.MapDataset.range(len(self.clips))
-      .seed(self.seed).shuffle().repeat().random_map(self._pick)
+      .seed(self.seed).shuffle().repeat(epochs).random_map(self._pick)
     )
 
   def _pick(self, position, rng):

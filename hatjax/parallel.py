@@ -13,6 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
+# For programs that run once: compiling takes longer than running.
+QUICK_COMPILE = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+}
 
 
 def enable_compilation_cache():
@@ -58,7 +63,7 @@ class Runner:
       method = dataclasses.replace(method, axis_name=AXIS)
     self.method, self._prepare = method, prepare
     self._mesh = jax.make_mesh(
-      (len(self.devices),), ('data',), axis_types=(AxisType.Auto,),
+      (len(self.devices),), (AXIS,), axis_types=(AxisType.Auto,),
       devices=self.devices,
     )
     self._replicated = NamedSharding(self._mesh, PartitionSpec())
@@ -71,8 +76,8 @@ class Runner:
       )
     else:
       self._resident = jax.device_put(resident, self._replicated)
-      self._step = self._jit(self._one, PartitionSpec('data'))
-      self._scan = self._jit(self._several, PartitionSpec(None, 'data'))
+      self._step = self._jit(self._one, PartitionSpec(AXIS))
+      self._scan = self._jit(self._several, PartitionSpec(None, AXIS))
 
   def _jit(self, function, batch_spec):
     r = self._replicated
@@ -98,7 +103,9 @@ class Runner:
     return state, jax.tree.map(lambda m: m[-1], metrics)
 
   def _copies(self, x):
-    return jnp.broadcast_to(x, (len(self.devices), *np.shape(x)))
+    """[...] -> [devices, ...], one copy on each."""
+    x = np.broadcast_to(np.asarray(x), (len(self.devices), *np.shape(x)))
+    return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
   def check_batch_size(self, batch_size):
     """Raises ValueError unless the devices can share the batch evenly."""
@@ -115,7 +122,10 @@ class Runner:
 
   def init(self, rng, example):
     """State at step 0, placed on the devices."""
-    init = jax.jit(self.method.init, out_shardings=self._replicated)
+    init = jax.jit(
+      self.method.init, out_shardings=self._replicated,
+      compiler_options=QUICK_COMPILE,
+    )
     return self.place(init(rng, example))
 
   def place(self, state):

@@ -1,0 +1,293 @@
+"""Makes expression videos from face photos with a trained run.
+
+  python -m hatjax.generate --workdir runs/a --image face.jpg --label happy \\
+    --out smile.mp4
+"""
+
+import argparse
+import itertools
+import os
+import pathlib
+import re
+import sys
+import time
+
+import numpy as np
+import tqdm
+
+from hatjax import faces, video
+
+_EPILOG = """\
+names:
+  The ending of --out decides what is written: .mp4 (H.264), .gif, .webp, or
+  with no ending, or a '/' at the end, a folder of 0000.png, 0001.png, ...
+  One image and one label give exactly that file or folder. {image} and {label}
+  in --out stand for the image's name and the label. Where several images or
+  labels need them and they are missing, they are added:
+    --out smile.mp4 --label all     smile_happy.mp4 ... and smile_grid.mp4
+    --out smile.mp4 --image a b     smile_a.mp4 smile_b.mp4
+    --out frames/ --label all       frames/happy/0000.png ...
+    --out 'gifs/{label}/{image}.gif'
+  Several labels also give a grid of all of them with captions, per image.
+  Videos of the same name are replaced, each only when the new one is whole.
+
+exit code:
+  0 if a video was made for at least one image. Of several images, one that
+  cannot be read or shows no face is skipped with a warning. 1 on any other
+  error, 2 on a wrong option.
+
+examples:
+  python -m hatjax.generate --workdir runs/a --image face.jpg
+  python -m hatjax.generate --workdir runs/a --image photos/ --label happy,anger
+  python -m hatjax.generate --workdir runs/a --image face.jpg --label happy \\
+    --num_frames 48 --boomerang --out smile.gif
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    self.exit(2, f'error: {message}. See python -m hatjax.generate --help.\n')
+
+
+def _parser():
+  parser = _Parser(
+    prog='python -m hatjax.generate', epilog=_EPILOG,
+    description='Makes expression videos from face photos with a trained run.',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add('--workdir', required=True, help='folder of the trained run')
+  add('--step', type=int, help='checkpoint to use; default: the newest')
+  add('--image', required=True, nargs='+', action='extend',
+      help='pictures, or folders of them')
+  add('--label', action='append',
+      help='expression: one, several with commas or by repeating the option, '
+      'or all; default: all')
+  add('--out', type=_out, help='where to; default: out/{image}_{label}.mp4')
+  add('--crop', choices=('auto', 'none'), default='auto',
+      help='auto: find the face and crop to it, as the training data were; '
+      'none: squeeze the whole picture to a square')
+  add('--num_frames', type=_count, help='default: 32; 20 for --sweep reference')
+  add('--fps', type=float, default=25.0, help='frames per second; default: 25')
+  add('--sweep', choices=('linear', 'profile', 'reference'), default='profile',
+      help='how the intensity rises from 0: evenly; as in the training data; '
+      'or 0, 0.05 ... 0.95 as the released AffineGAN code does')
+  add('--alpha_max', type=float,
+      help='intensity at the end; 1 is a full expression, the default')
+  add('--boomerang', action='store_true', help='play forth, then back')
+  add('--seed', type=int, default=0)
+  add('--batch_size', type=_count, default=8, help='videos made at once')
+  add('--strip', action='store_true',
+      help='beside every video, a PNG with eight of its frames in a row')
+  return parser
+
+
+def _out(text):
+  ending = pathlib.Path(text).suffix.lower()
+  if text.endswith('/') or ending in ('', *video.VIDEO_ENDINGS):
+    return text
+  raise argparse.ArgumentTypeError(
+    f'cannot write {ending!r}. End it with one of: '
+    f'{", ".join(video.VIDEO_ENDINGS)}, or with / for a folder of PNGs'
+  )
+
+
+def _count(text):
+  if text.isdecimal() and int(text) > 0:
+    return int(text)
+  raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+
+
+def main(argv=None):
+  """Runs the command; returns its exit code."""
+  args = _parser().parse_args(argv)
+  try:
+    return _generate(args)
+  except (ValueError, OSError) as error:
+    _say(f'error: {error}')
+    return 1
+  except KeyboardInterrupt:
+    _say('error: interrupted. Finished videos stand, no other is left behind.')
+    return 130
+
+
+def _say(message):
+  tqdm.tqdm.write(' '.join(message.split()), file=sys.stderr)
+
+
+def _generate(args):
+  sweep = _sweep(args)
+  paths = _image_paths(args.image)
+  from hatjax import runs  # brings JAX: after the checks that need no run
+  run = runs.load(args.workdir, step=args.step)
+  labels = _labels(args.label, run)
+  outs = _outs(args.out, _names(paths), labels)
+  for path in itertools.chain(*(by_label.values() for by_label in outs)):
+    video.check_writable(path)
+  crops = _crops(paths, run, args.crop)
+  jobs = [
+    (i, label) for i in range(len(paths)) if crops[i] is not None
+    for label in labels or (None,)
+  ]
+  seconds = []
+  clips = _animate(run, crops, jobs, args.batch_size, sweep, seconds)
+  progress = tqdm.tqdm(total=len(jobs), unit='video', disable=None, leave=False)
+  with progress:
+    for i, group in itertools.groupby(zip(jobs, clips), lambda x: x[0][0]):
+      _write(((job[1], clip) for job, clip in group), outs[i], args, progress)
+  _report(len(jobs), sweep['num_frames'], args.batch_size, seconds)
+  return 0
+
+
+def _sweep(args):
+  reference = args.sweep == 'reference'
+  if reference and (args.num_frames or 20, args.alpha_max) != (20, None):
+    raise ValueError(
+      '--sweep reference is always 20 frames up to 0.95. '
+      'Leave --num_frames and --alpha_max out, or use another --sweep.'
+    )
+  return dict(
+    num_frames=args.num_frames or (20 if reference else 32), sweep=args.sweep,
+    alpha_max=1.0 if args.alpha_max is None else args.alpha_max,
+    seed=args.seed,
+  )
+
+
+def _image_paths(images):
+  paths = []
+  for image in map(pathlib.Path, images):
+    paths += video.list_images(image) if image.is_dir() else [image]
+  return paths
+
+
+def _names(paths):
+  """One name per path, its stem; the second face becomes face-2."""
+  names = []
+  for path in paths:
+    taken = (f'{path.stem}-{n}' for n in itertools.count(2))
+    candidates = itertools.chain([path.stem], taken)
+    names.append(next(name for name in candidates if name not in names))
+  return names
+
+
+def _labels(wanted, run):
+  if not run.labels:
+    if wanted:
+      raise ValueError('This run reads no label. Leave --label out.')
+    return ()
+  words = [w.strip() for w in ','.join(wanted or ['all']).split(',')]
+  labels = []
+  for word in filter(None, words):
+    labels += run.labels if word == 'all' else [run.match_label(word)]
+  return tuple(dict.fromkeys(labels))
+
+
+def _outs(out, names, labels):
+  """Per image: the path of each label's video, and of 'grid' if it has one."""
+  pattern = out or ('out/{image}_{label}.mp4' if labels else 'out/{image}.mp4')
+  if '{label}' in pattern and not labels:
+    raise ValueError('This run reads no label. Take {label} out of --out.')
+  several = {'{image}': len(names) > 1, '{label}': len(labels) > 1}
+  added = '_'.join(k for k in several if several[k] and k not in pattern)
+  root, ending = os.path.splitext(pattern)
+  if not ending:
+    pattern = os.path.join(pattern, added, '')
+  elif added:
+    pattern = f'{root}_{added}{ending}'
+  keys = [*labels, 'grid'] if len(labels) > 1 else labels or [None]
+  return [
+    {key: _fill(pattern, image=name, label=key) for key in keys}
+    for name in names
+  ]
+
+
+def _fill(pattern, **words):
+  word = lambda match: words[match[1]].replace('/', '-')
+  return re.sub(r'\{(image|label)\}', word, pattern)
+
+
+def _crops(paths, run, mode):
+  """Per image uint8 [S, S, 3], or None where it cannot be used."""
+  whole = mode == 'none' or run.crop == 'none'
+  if whole:
+    why = '' if mode == 'none' else ': so was this run\'s training data'
+    size = f'{run.image_size}x{run.image_size}'
+    _say(f'note: whole pictures are squeezed to {size} pixels{why}.')
+  crops = []
+  for path in paths:
+    try:
+      crops.append(_crop(path, run.image_size, whole))
+    except ValueError as error:
+      if len(paths) == 1:
+        raise
+      _say(f'warning: skipped: {error}')
+      crops.append(None)
+  if all(crop is None for crop in crops):
+    raise ValueError(
+      f'None of the {len(paths)} images could be used. Each warning says why.'
+    )
+  return crops
+
+
+def _crop(path, size, whole):
+  image = video.read_image(path)
+  if whole:
+    return video.resize(image, size)
+  face = faces.detect_face(image)
+  if face is None:
+    raise ValueError(
+      f'no face found in {path}. Crop the photo to the face yourself, or pass '
+      '--crop none to use the whole picture.'
+    )
+  return faces.crop(image, faces.square_crop_box(face, image.shape), size)
+
+
+def _animate(run, crops, jobs, batch_size, sweep, seconds):
+  """Yields a clip [T, S, S, 3] per job; appends to seconds, per batch."""
+  batch_size = min(batch_size, len(jobs))
+  for start in range(0, len(jobs), batch_size):
+    batch = jobs[start:start + batch_size]
+    # A smaller last batch would be another shape and compile again.
+    full = batch + batch[-1:] * (batch_size - len(batch))
+    images = np.stack([crops[i] for i, _ in full])
+    labels = [label for _, label in full] if run.labels else None
+    begin = time.perf_counter()
+    clips = np.asarray(run.animate(images, labels, **sweep))
+    seconds.append(time.perf_counter() - begin)
+    yield from clips[:len(batch)]
+
+
+def _write(clips, outs, args, progress):
+  """Writes one image's clips (label, [T, S, S, 3]), then their grid."""
+  kept = []
+  for label, clip in clips:
+    if args.boomerang:
+      clip = np.concatenate([clip, clip[-2:0:-1]])
+    video.write_video(outs[label], clip, args.fps)
+    tqdm.tqdm.write(outs[label])
+    if args.strip:
+      path = f'{os.path.splitext(outs[label].rstrip("/"))[0]}_strip.png'
+      video.write_image(path, video.strip(clip))
+      tqdm.tqdm.write(path)
+    if 'grid' in outs:
+      kept.append((label, clip))
+    progress.update()
+  if kept:
+    labels, clips = zip(*kept)
+    grid = video.grid_with_labels(np.stack(clips), labels)
+    video.write_video(outs['grid'], grid, args.fps)
+    tqdm.tqdm.write(outs['grid'])
+
+
+def _report(num_videos, num_frames, batch_size, seconds):
+  timed, note = num_videos, 'compilation included'
+  total = f'{num_videos} x {num_frames} frames in {sum(seconds):.1f} s'
+  if len(seconds) > 1:
+    timed, note = num_videos - batch_size, 'after the first batch'
+    seconds = seconds[1:]
+  rate = timed * num_frames / sum(seconds)
+  tqdm.tqdm.write(f'{total}, {rate:.1f} frames/s {note}')
+
+
+if __name__ == '__main__':
+  sys.exit(main())

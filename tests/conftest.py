@@ -1,0 +1,87 @@
+"""Two fake devices, toy clips, and where the real sample data are."""
+
+import os
+import pathlib
+
+# Before jax starts. Subprocesses of the tests see one device, as users do.
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+# Compiling is most of the suite's time; subprocesses inherit this.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def _cache():
+  root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  return str(pathlib.Path(root) / 'hatjax' / 'xla')
+
+
+jax.config.update('jax_compilation_cache_dir', _cache())
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(scope='session')
+def sample_data():
+  """The folder of real faces; skips where it is absent."""
+  default = ROOT.parent / 'shared' / 'data'
+  folder = pathlib.Path(os.environ.get('HATJAX_SAMPLE_DATA', default))
+  if not folder.is_dir():
+    pytest.skip(f'no sample faces in {folder} (set HATJAX_SAMPLE_DATA)')
+  return folder
+
+
+def toy_frame(size, openness, shade, rng):
+  """A face of sorts: an ellipse, eyes, and a mouth that opens.
+
+  Returns:
+    (frame uint8 [size, size, 3], mask uint8 [size, size]).
+  """
+  scale = size / 64
+  at = lambda *xy: tuple(int(round(v * scale)) for v in xy)
+  frame = np.full((size, size, 3), 60, np.uint8)
+  mask = np.zeros((size, size), np.uint8)
+  cv2.ellipse(frame, at(32, 32), at(22, 28), 0, 0, 360, shade, -1)
+  for x in (23, 41):
+    cv2.circle(frame, at(x, 26), max(1, at(3, 0)[0]), (40, 40, 40), -1)
+  mouth = at(9, 1.5 + 7 * openness)
+  for image, colour in ((frame, (150, 60, 60)), (mask, 255)):
+    cv2.ellipse(image, at(32, 46), mouth, 0, 0, 360, colour, -1)
+  noise = rng.integers(-3, 4, frame.shape)
+  return np.clip(frame + noise, 0, 255).astype(np.uint8), mask
+
+
+def write_frame_folders(root, size=48, num_videos=4, num_frames=8):
+  """AffineGAN's layout with toy clips: two expressions, masks, stills."""
+  rng = np.random.default_rng(0)
+  for label, top in (('happy', 1.0), ('surprise', 0.5)):
+    for v in range(num_videos):
+      shade = tuple(int(c) for c in rng.integers(150, 240, 3))
+      parts = {}
+      for part in ('img', 'patch'):
+        parts[part] = root / label / 'train' / part / f'vid_{v:04d}'
+        parts[part].mkdir(parents=True)
+      for t in range(num_frames):
+        frame, mask = toy_frame(size, top * t / (num_frames - 1), shade, rng)
+        for part, image in (('img', frame[..., ::-1]), ('patch', mask)):
+          cv2.imwrite(str(parts[part] / f'{t + 7:04d}.png'), image)
+  return root
+
+
+@pytest.fixture(scope='session')
+def toy_records(tmp_path_factory):
+  """data_dir holding frame_folders/none-16 of eight toy clips."""
+  from hatjax import prepare
+
+  raw = write_frame_folders(tmp_path_factory.mktemp('raw'))
+  data_dir = tmp_path_factory.mktemp('records')
+  code = prepare.main([
+    'frame_folders', '--raw', str(raw), '--data_dir', str(data_dir),
+    '--crop', 'none', '--image_size', '16',
+  ])
+  assert code == 0
+  return data_dir

@@ -1,0 +1,172 @@
+"""Batches: pure in (seed, k), the same from disk and from the device."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from hatjax import data
+
+
+def batches(toy_records, **changes):
+  settings = dict(
+    name='frame_folders/none-16', split='everything', image_size=16,
+    batch_size=2, num_frames=3, seed=5, pad=2, directory=toy_records,
+  )
+  return data.make_batches(**settings | changes)
+
+
+def take(stream, count):
+  return [next(stream) for _ in range(count)]
+
+
+def equal(a, b):
+  assert a.keys() == b.keys()
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_batch_k_is_a_function_of_seed_and_k(toy_records):
+  whole = take(batches(toy_records, resident=False).iterate(), 9)
+  late = take(batches(toy_records, resident=False).iterate(6), 3)
+  for a, b in zip(whole[6:], late):
+    equal(a, b)
+  other = take(batches(toy_records, resident=False, seed=6).iterate(), 9)
+  assert any(not np.array_equal(a['video'], b['video'])
+             for a, b in zip(whole, other))
+
+
+def test_batch_holds_what_the_records_say(toy_records):
+  source = batches(toy_records, resident=False)
+  batch = next(source.iterate())
+  assert batch['video'].shape == (2, 4, 16, 16, 3)
+  assert batch['video'].dtype == batch['lip_mask'].dtype == np.uint8
+  assert set(np.unique(batch['lip_mask'])) == {0, 1}
+  np.testing.assert_array_equal(batch['time'][:, 0], 0)
+  assert (batch['time'][:, 1:] > 0).all() and (batch['time'] <= 1).all()
+  clips = list(source.whole_clips())
+  assert len(clips) == 8
+  for n in range(2):
+    same = [
+      c for c in clips if np.array_equal(c['video'][0], batch['video'][n, 0])
+    ]
+    assert [c['label'] for c in same] == [batch['label'][n]]
+    frames = np.round(batch['time'][n] * (len(same[0]['video']) - 1))
+    np.testing.assert_array_equal(
+      same[0]['video'][frames.astype(int)], batch['video'][n]
+    )
+
+
+def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
+  stream = batches(toy_records, resident=False, batch_size=8).iterate()
+  epochs = [list(next(stream)['subject']) for _ in range(4)]
+  assert all(sorted(e) == list(range(8)) for e in epochs)
+  assert len({tuple(e) for e in epochs}) > 1
+
+
+@pytest.mark.parametrize('jitter', [0.0, 0.2])
+def test_resident_batches_are_bit_equal_to_streamed_ones(toy_records, jitter):
+  streamed = batches(toy_records, resident=False, jitter=jitter)
+  resident = batches(toy_records, resident=True, jitter=jitter)
+  frames = resident.resident_frames()
+  assert frames['video'].shape == (64, 16, 16, 3)
+  rng = jax.random.key(3)
+  from_disk = jax.jit(streamed.prepare)
+  on_device = jax.jit(resident.prepare)
+  for a, b in zip(take(streamed.iterate(), 4), take(resident.iterate(), 4)):
+    equal(
+      jax.device_get(from_disk(a, {}, rng)),
+      jax.device_get(on_device(b, frames, rng)),
+    )
+
+
+def test_augmentation_is_one_crop_and_flip_per_clip(toy_records):
+  source = batches(toy_records, resident=False, pad=0, load_size=20, flip=1.0)
+  batch = next(source.iterate())
+  out = source.prepare(batch, {}, jax.random.key(0))
+  for n in range(2):
+    found = [
+      (i, j) for i in range(5) for j in range(5)
+      if np.allclose(
+        (out['video'][n] + 1) * 127.5,
+        batch['video'][n, :, i : i + 16, j : j + 16][:, :, ::-1], atol=1e-3,
+      ) and np.array_equal(
+        out['lip_mask'][n],
+        batch['lip_mask'][n, :, i : i + 16, j : j + 16][:, :, ::-1],
+      )
+    ]
+    assert len(found) == 1
+  assert out['video'].dtype == np.float32
+
+
+def test_released_crop_offsets_stop_one_short(toy_records):
+  source = batches(
+    toy_records, resident=False, load_size=20, pad=0, crop_offsets=2, flip=0.0
+  )
+  batch = next(source.iterate())
+  prepare = jax.jit(source.prepare)
+  seen = set()
+  for seed in range(20):
+    out = prepare(batch, {}, jax.random.key(seed))
+    for i in range(5):
+      for j in range(5):
+        part = batch['video'][0, :, i : i + 16, j : j + 16]
+        if np.allclose((out['video'][0] + 1) * 127.5, part, atol=1e-3):
+          seen.add((i, j))
+  assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_colour_jitter_keeps_the_range_and_serves_the_whole_clip(toy_records):
+  source = batches(toy_records, resident=False, jitter=0.5, flip=0.0, pad=0)
+  batch = next(source.iterate())
+  batch['video'][:, 1:] = batch['video'][:, :1]  # a still clip
+  out = np.asarray(source.prepare(batch, {}, jax.random.key(1))['video'])
+  assert out.min() >= -1 and out.max() <= 1
+  np.testing.assert_allclose(out[:, 1:], out[:, :1].repeat(3, 1), atol=1e-5)
+  plain = batch['video'] / 127.5 - 1
+  assert np.abs(out - plain).mean() > 0.01
+
+
+def test_labels_filter_by_alias(toy_records):
+  only = batches(toy_records, labels=('joy',))
+  assert [c.id.split('/')[0] for c in only.clips] == ['happy'] * 4
+  with pytest.raises(ValueError, match="'angst'. Known: happy, surprise"):
+    batches(toy_records, labels=('angst',))
+
+
+@pytest.mark.parametrize('changes, message', [
+  (dict(split='trian'), 'Choose one of: .*everything'),
+  (dict(name='frame_folders/face-99'), 'hatjax.prepare frame_folders'),
+  (dict(load_size=8), 'load_size 8 is smaller'),
+  (dict(load_size=20, pad=0, crop_offsets=6), r'1\.\.5'),
+])
+def test_wrong_settings_say_the_cure(toy_records, changes, message):
+  with pytest.raises(ValueError, match=message):
+    batches(toy_records, **changes)
+
+
+def test_split_by_video_warns_of_leakage(toy_records):
+  with pytest.warns(UserWarning, match='subjects leak'):
+    batches(toy_records, split='by_video_train')
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    batches(toy_records, split='train')
+
+
+def test_data_dir_is_where_tfds_users_expect(monkeypatch, tmp_path):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+  assert data.data_dir() == tmp_path
+  assert data.data_dir('/elsewhere').as_posix() == '/elsewhere'
+  monkeypatch.delenv('TFDS_DATA_DIR')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert data.data_dir() == tmp_path / 'tensorflow_datasets'
+
+
+@pytest.mark.parametrize('text, expected', [
+  ('happiness', 'happy'), (' Happy ', 'happy'), ('scared', 'Fear'),
+  ('drumcheeks', 'drumcheeks'),
+])
+def test_match_label(text, expected):
+  labels = ('Fear', 'drumcheeks', 'happy')
+  assert data.match_label(text, labels) == expected

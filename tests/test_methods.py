@@ -1,0 +1,475 @@
+"""Every config's tiny preset through the same checks, then HAT-cGAN's own."""
+
+import dataclasses
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.methods import hat_cgan as hat_config
+from hatjax import losses, methods, parallel, runs
+from hatjax.nets import hat_cgan as nets
+
+LABELS = 3
+CONFIGS = ('ck_plus', 'frame_folders')
+
+
+def tiny_stages():
+  """{(method, blocks): stage} over all configs; equal stages once."""
+  stages = {}
+  for name in CONFIGS:
+    config = importlib.import_module(f'configs.{name}').get_config('tiny')
+    for method in config.stages:
+      stage = config[method].to_dict()
+      key = json.dumps([method, stage['model'], stage['optim']], default=str)
+      stages.setdefault(key, stage)
+  return list(stages.values())
+
+
+def toy_batch(stage, batch_size=2):
+  """Clips that brighten in one corner, with masks and labels."""
+  size = stage['data']['image_size']
+  frames = 1 + stage['data']['num_frames']
+  rng = np.random.default_rng(0)
+  time = np.linspace(0, 1, frames, dtype=np.float32)
+  image = rng.uniform(-0.6, 0.6, (batch_size, 1, size, size, 3))
+  video = np.repeat(image, frames, 1).astype(np.float32)
+  video[:, :, size // 2 :, size // 2 :] += (
+    0.6 * time[None, :, None, None, None] - 0.3
+  )
+  mask = np.zeros((batch_size, frames, size, size, 1), np.float32)
+  mask[:, :, size // 2 :, size // 2 :] = 1
+  return {
+    'video': video, 'lip_mask': mask, 'time': np.tile(time, (batch_size, 1)),
+    'label': np.arange(batch_size, dtype=np.int32) % LABELS,
+    'subject': np.arange(batch_size, dtype=np.int32),
+  }
+
+
+def identity(batch, resident, rng):
+  del resident, rng
+  return batch
+
+
+def make(stage, **changes):
+  stage = {**stage, 'model': {**stage['model'], **changes}}
+  size = stage['data']['image_size']
+  return methods.make(stage, num_labels=LABELS, image_size=size)
+
+
+@pytest.fixture(scope='module', params=tiny_stages(), ids=lambda s: s['method'])
+def trained(request):
+  """A tiny method, its state at 0, and 40 steps on one batch later."""
+  stage = request.param
+  method = make(stage)
+  batch = toy_batch(stage)
+  traces = []
+
+  def prepare(batch, resident, rng):
+    traces.append(1)
+    return identity(batch, resident, rng)
+
+  one = jax.devices()[:1]
+  runner = parallel.Runner(method, prepare, devices=one)
+  first = runner.init(jax.random.key(0), batch)
+  before = jax.device_get(first)
+  state, history = first, []
+  for _ in range(40):
+    state, metrics = runner.step(state, [batch], jax.random.key(1))
+    history.append(jax.device_get(metrics))
+  return dict(
+    stage=stage, method=method, batch=batch, before=before, state=state,
+    history=history, traces=len(traces),
+  )
+
+
+def test_init_has_its_shapes_without_work(trained):
+  abstract = jax.eval_shape(
+    trained['method'].init, jax.random.key(0), trained['batch']
+  )
+  same = jax.tree.map(
+    lambda a, b: a.shape == b.shape and a.dtype == b.dtype,
+    abstract, trained['before'],
+  )
+  assert all(jax.tree.leaves(same))
+
+
+def test_steps_are_finite_and_trace_once(trained):
+  for metrics in trained['history']:
+    assert all(np.isfinite(v) for v in metrics.values()), metrics
+  assert bool(parallel.all_finite(trained['state']))
+  assert trained['traces'] == 1
+  assert int(trained['state'].step) == 40
+
+
+def test_nets_with_an_optimizer_move_and_others_do_not(trained):
+  before, after = trained['before'].params, trained['state'].params
+  for name in before:
+    moved = any(
+      not np.array_equal(a, b)
+      for a, b in zip(
+        jax.tree.leaves(before[name]), jax.tree.leaves(after[name])
+      )
+    )
+    assert moved == (name in trained['state'].opt_state), name
+
+
+def test_training_on_one_batch_lowers_the_reconstruction(trained):
+  l1 = [m['loss/l1'] for m in trained['history']]
+  assert np.mean(l1[-5:]) < 0.8 * np.mean(l1[:5])
+
+
+def test_animate_has_shape_and_range_and_repeats(trained):
+  method, state, batch = (trained[k] for k in ('method', 'state', 'batch'))
+  inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
+  inputs = {k: v for k, v in inputs.items() if k in method.reads}
+  animate = jax.jit(method.animate, static_argnums=3)
+  a = animate(state, inputs, jax.random.key(3), 4)
+  b = animate(state, inputs, jax.random.key(3), 4)
+  assert a.shape == (2, 4, *batch['video'].shape[2:])
+  assert np.abs(a).max() <= 1
+  np.testing.assert_array_equal(a, b)
+
+
+def quiet(stage):
+  """Noise off, so that devices and orders of work can be compared."""
+  return make(stage, feature_noise=0.0, dropout=0.0, lambda_alpha=0.0)
+
+
+def worst(a, b):
+  """Largest difference of parameters, biases before a norm left out."""
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)
+  )
+  return max(
+    float(np.abs(np.asarray(x) - np.asarray(y)).max())
+    for (path, x), y in pairs if path[-1].key != 'bias'
+  )
+
+
+def test_two_devices_equal_one_and_replicas_stay_identical(trained):
+  stage, batch = trained['stage'], trained['batch']
+  if stage['method'] != 'hat_cgan':
+    pytest.skip('needs to know which noise to turn off')
+  results = {}
+  for name, mode, count in (
+    ('one', 'jit', 1), ('jit', 'jit', 2), ('pmap', 'pmap', 2),
+  ):
+    runner = parallel.Runner(
+      quiet(stage), identity, mode=mode, devices=jax.devices()[:count]
+    )
+    state = runner.init(jax.random.key(0), batch)
+    before = jax.device_get(runner.fetch(state).params)
+    state, _ = runner.step(state, [batch] * 2, jax.random.key(1))
+    if mode == 'pmap':
+      for leaf in jax.tree.leaves(jax.device_get(state.params)):
+        np.testing.assert_array_equal(leaf[0], leaf[1])
+    results[name] = jax.device_get(runner.fetch(state).params)
+  moved = worst(before, results['one'])
+  assert moved > 1e-4
+  # Adam divides by |g|: where g is rounding noise its sign may differ, so
+  # compare the typical parameter exactly and the worst against a step.
+  for name in ('jit', 'pmap'):
+    diffs = np.concatenate([
+      np.abs(np.asarray(a) - np.asarray(b)).ravel() for a, b in
+      zip(jax.tree.leaves(results['one']), jax.tree.leaves(results[name]))
+    ])
+    assert np.quantile(diffs, 0.95) < 1e-6
+    assert worst(results['one'], results[name]) <= 2 * moved
+
+
+def test_scan_and_loop_dispatch_agree(trained):
+  stage, batch = trained['stage'], trained['batch']
+  states = {}
+  for dispatch in ('loop', 'scan'):
+    runner = parallel.Runner(
+      trained['method'], identity, devices=jax.devices()[:1],
+      dispatch=dispatch,
+    )
+    state = runner.init(jax.random.key(0), batch)
+    state, _ = runner.step(state, [batch] * 2, jax.random.key(1))
+    states[dispatch] = jax.device_get(state)
+  assert int(states['scan'].step) == 2
+  diffs = [
+    np.abs(a - b).ravel() for a, b in zip(
+      jax.tree.leaves(states['loop'].params),
+      jax.tree.leaves(states['scan'].params),
+    )
+  ]
+  assert np.quantile(np.concatenate(diffs), 0.95) < 1e-6
+  del stage
+
+
+def test_batch_that_does_not_divide_is_refused(trained):
+  runner = parallel.Runner(trained['method'], identity)
+  with pytest.raises(ValueError, match='Use 2 or another multiple of 2'):
+    runner.check_batch_size(3)
+
+
+# -- HAT-cGAN -----------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def stage():
+  return hat_config.get_stage('tiny', 16, {'name': 'none'}).to_dict()
+
+
+@pytest.fixture(scope='module')
+def batch(stage):
+  return jax.tree.map(jnp.asarray, toy_batch(stage))
+
+
+def perturbed(state):
+  """Parameters off their zeros, so that every path carries gradient."""
+  leaves, tree = jax.tree.flatten(state.params)
+  keys = jax.random.split(jax.random.key(5), len(leaves))
+  leaves = [
+    p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)
+  ]
+  return state.replace(params=jax.tree.unflatten(tree, leaves))
+
+
+REFERENCE = dict(
+  head='direct', affine='latent', alpha_rule='reference', alpha_clip=None,
+  lambda_recon=10.0, lambda_code=0.0, ema_decay=0.0,
+)
+
+
+def test_shared_forward_equals_the_twelve_passes(stage, batch):
+  # The released code: f_0 and r from two passes of A, f_t and recon from one
+  # pass of each B, fake from one pass of A per frame; noise and dropout off.
+  method = make(
+    stage, **REFERENCE, feature_noise=0.0, dropout=0.0, num_labels=0
+  )
+  state = perturbed(method.init(jax.random.key(0), batch))
+  params = state.params['generator']
+  out = jax.jit(method._forward)(params, batch, jax.random.key(1))
+  generator = method.generator
+  apply = lambda name, *a: generator.apply({'params': params}, *a, method=name)
+
+  @jax.jit
+  def full_pass(image, b, alpha):
+    base = apply('encode_base', image)
+    residual = apply('encode_motion', image, None)['residual']
+    code = [b * h + alpha * r for h, r in zip(base, residual)]
+    return apply('decode', code), code[-1]
+
+  video = batch['video']
+  for n in range(2):
+    image = video[n : n + 1, 0]
+    f0, r = full_pass(image, 1, 0)[1], full_pass(image, 0, 1)[1]
+    for k in range(1, video.shape[1]):
+      recon, ft = full_pass(video[n : n + 1, k], 1, 0)
+      alpha = jnp.abs(jnp.sum((ft - f0) * r)) / (
+        jnp.sqrt(jnp.sum(r * r)) + 1e-6
+      )
+      fake, _ = full_pass(image, 1, alpha)
+      close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4)
+      close(out['alpha'][n, k - 1], alpha)
+      close(out['recon'][n, k - 1], recon[0])
+      close(out['fake'][n, k - 1], fake[0])
+
+
+def test_image_losses_stop_at_alpha_and_the_alpha_loss_reaches_encoders(
+  stage, batch
+):
+  method = make(stage)
+  state = perturbed(method.init(jax.random.key(0), batch))
+
+  def grads(loss):
+    def total(params):
+      return loss(method._forward(params, batch, jax.random.key(1)))
+
+    return jax.jit(jax.grad(total))(state.params['generator'])
+
+  size = lambda tree: max(
+    float(jnp.abs(x).max()) for x in jax.tree.leaves(tree)
+  )
+  from_alpha = grads(lambda out: out['alpha'].sum())
+  assert size(from_alpha['base_encoder']) > 0
+  assert size(from_alpha['residual_encoder']) > 0
+  assert size(from_alpha['decoder']) == 0
+
+  # The fake depends on alpha, yet no image loss moves it: gradients equal
+  # those with alpha frozen beforehand.
+  frozen = jax.jit(method._forward)(
+    state.params['generator'], batch, jax.random.key(1)
+  )['alpha']
+  object.__setattr__(method, '_alpha', lambda codes, residual: frozen)
+  image_loss = lambda out: losses.l1(out['fake'], batch['video'][:, 1:]).sum()
+  with_constant = grads(image_loss)
+  object.__delattr__(method, '_alpha')
+  for a, b in zip(
+    jax.tree.leaves(grads(image_loss)), jax.tree.leaves(with_constant)
+  ):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_generator_loss_is_the_weighted_sum_of_its_parts(stage, batch):
+  method = make(stage, lambda_recon=3.0, gan_loss='least_squares')
+  state = perturbed(method.init(jax.random.key(0), batch))
+  out = method._forward(
+    state.params['generator'], batch, jax.random.key(1)
+  )
+  loss, m = method.generator_loss(out, state, batch)
+  k = batch['video'].shape[1] - 1
+  expected = (
+    m['loss/gan'] + m['loss/patch'] + 100 * m['loss/l1']
+    + 3 * m['loss/recon'] + m['loss/code'] + 100 / k * m['loss/alpha']
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  scores = method._scores(
+    state.params['discriminator'], 'discriminator', batch, out['fake']
+  )
+  np.testing.assert_allclose(
+    m['loss/gan'], jnp.square(scores - 1).mean(), rtol=1e-5
+  )
+
+
+def test_frames_without_lips_do_not_count_in_the_patch_loss(stage, batch):
+  method = make(stage)
+  state = method.init(jax.random.key(0), batch)
+  blank = {**batch, 'lip_mask': jnp.zeros_like(batch['lip_mask'])}
+  out = {'fake': batch['video'][:, 1:], 'alpha': jnp.zeros((2, 3))}
+  loss, _ = method.discriminator_loss(
+    state.params['patch_discriminator'], 'patch_discriminator', out, blank,
+    None,
+  )
+  assert float(loss) == 0
+
+
+def test_patch_crop_is_centred_on_the_lips(stage, batch):
+  method = make(stage, patch_crop=6)
+  mask = np.zeros(batch['lip_mask'].shape, np.float32)
+  mask[:, :, 9:13, 2:6] = 1
+  _, frames = method._lips(
+    {**batch, 'lip_mask': mask}, jnp.ones_like(batch['video'][:, 1:])
+  )
+  assert frames.shape[2:4] == (6, 6)
+  # 4x4 lips in a 6x6 cut: one blank row and column on every side.
+  np.testing.assert_array_equal(
+    frames[0, 0, ..., 0], np.pad(np.ones((4, 4)), 1)
+  )
+
+
+def test_adversarial_warm_up_ramps_from_zero(stage, batch):
+  method = make(
+    stage, adversarial_warmup=10, lambda_l1=0.0, lambda_code=0.0,
+    lambda_alpha=0.0,
+  )
+  state = perturbed(method.init(jax.random.key(0), batch))
+  out = {'fake': batch['video'][:, 1:], 'alpha': jnp.zeros((2, 3))}
+  early, _ = method.generator_loss(out, state, batch)
+  late, _ = method.generator_loss(
+    out, state.replace(step=jnp.array(9)), batch
+  )
+  np.testing.assert_allclose(early, late / 10, rtol=1e-5)
+
+
+def test_infer_reads_back_the_alpha_of_the_latent_path(stage, batch):
+  method = make(stage)
+  state = method.init(jax.random.key(0), batch)
+  video = batch['video']
+  alpha = method.infer(state, {
+    'image': video[:, 0], 'driving': video, 'label': batch['label'],
+  })
+  np.testing.assert_allclose(alpha[:, 0], 0, atol=1e-5)  # itself
+  assert np.isfinite(alpha).all()
+
+
+@pytest.mark.parametrize('changes', [
+  dict(net='resnet_6', head='blend', width=2),
+  dict(**REFERENCE, gan_loss='least_squares', num_labels=0),
+  dict(
+    affine='spatial', noise_dim=3, generator_steps=2, discriminator_steps=2,
+    patch_crop=8, discriminator_layers=0, dtype='bfloat16', remat=True,
+  ),
+], ids=['resnet-blend', 'reference', 'everything-else'])
+def test_variants_step_and_animate(stage, batch, changes):
+  method = make(stage, **changes)
+  state = method.init(jax.random.key(0), batch)
+  new, metrics = jax.jit(method.train_step)(state, batch, jax.random.key(1))
+  assert all(np.isfinite(v) for v in jax.device_get(metrics).values())
+  inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
+  frames = method.animate(new, inputs, jax.random.key(0), 2)
+  assert frames.shape == (2, 2, 16, 16, 3)
+  assert 'label' in method.reads or method.num_labels == 0
+
+
+@pytest.mark.parametrize('changes, message', [
+  (dict(net='unet_15'), 'model.net'),
+  (dict(net='unet_32'), 'unet_16'),
+  (dict(head='tanh'), 'blend'),
+  (dict(affine='all'), 'latent'),
+  (dict(gan_loss='hinge'), 'least_squares'),
+  (dict(alpha_rule='ls'), 'reference'),
+  (dict(patch_crop=17), 'patch_crop'),
+  (dict(widht=4), 'model.widht'),
+])
+def test_wrong_settings_are_named(stage, changes, message):
+  with pytest.raises(ValueError, match=message):
+    make(stage, **changes)
+
+
+def test_unknown_method_and_optimizer_settings_are_named(stage):
+  with pytest.raises(ValueError, match='Choose one of: .*hat_cgan'):
+    methods.make({**stage, 'method': 'hat_gan'})
+  optim = {**stage['optim'], 'generator': {'learning_rate': 1}}
+  with pytest.raises(ValueError, match='optim.generator.learning_rate'):
+    methods.make({**stage, 'optim': optim})
+  few = {k: v for k, v in stage['optim'].items() if k == 'generator'}
+  with pytest.raises(ValueError, match='alpha_discriminator'):
+    methods.make({**stage, 'optim': few})
+
+
+def test_methods_are_frozen_and_hold_no_arrays(stage):
+  method = make(stage)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    method.width = 3
+  for field in dataclasses.fields(method):
+    assert not isinstance(getattr(method, field.name), jax.Array)
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+@pytest.mark.parametrize('preset', ['', 'paper', 'reference'])
+def test_presets_build_and_survive_json(config, preset):
+  module = importlib.import_module(f'configs.{config}')
+  full = module.get_config(preset)
+  stage = json.loads(full[full.stages[0]].to_json_best_effort())
+  method = methods.make(stage, num_labels=7)
+  size = stage['data']['image_size']
+  assert method.image_size == size == (128 if True else 0)
+  assert (method.head == 'direct') == (preset != '')
+  assert (method.num_labels == 0) == (preset == 'reference')
+  for block in stage['optim'].values():
+    assert (block['lr'], block['b1'], block['b2']) == (2e-4, 0.5, 0.999)
+  with pytest.raises(ValueError, match='Methods: hat_cgan'):
+    module.get_config('hat_gan')
+
+
+def test_validation_scores_know_a_perfect_copy(stage):
+  method = make(stage)
+  state = method.init(jax.random.key(0), toy_batch(stage))
+  rng = np.random.default_rng(0)
+  still = rng.integers(0, 256, (1, 16, 16, 3), np.uint8).repeat(5, 0)
+  noisy = still.copy()
+  noisy[1:] = 255 - noisy[1:]
+  scorer = runs.make_scorer(method)
+  scores, pairs = runs.score_clips(scorer, state, [
+    {'id': 'a', 'label': 0, 'video': still},
+  ])
+  assert scores['val/psnr_copy'] > 100 and scores['val/psnr_generated'] > 60
+  assert pairs[0][1].shape == (5, 16, 16, 3)
+  other, _ = runs.score_clips(scorer, state, [
+    {'id': 'b', 'label': 1, 'video': noisy},
+  ])
+  a, b = still[0] / 127.5 - 1, noisy[1] / 127.5 - 1
+  expected = 10 * np.log10(4 / np.mean((a - b) ** 2))
+  np.testing.assert_allclose(other['val/psnr_copy'], expected, rtol=1e-4)
+
+
+def test_every_net_name_is_buildable():
+  assert {n.split('_')[0] for n in nets.NETS} == {'unet', 'resnet'}

@@ -1,0 +1,480 @@
+"""Floors 0 and 1 against references and invariances."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import ndimage, signal, stats
+from skimage.metrics import peak_signal_noise_ratio
+
+from hatjax import intensity, losses, metrics, optim, runs, warp
+from hatjax.nets import hat_cgan as nets
+from hatjax.nets import layers
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# -- convolutions -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('nd', [1, 2, 3])
+@pytest.mark.parametrize('kernel', [3, 4])
+@pytest.mark.parametrize('op', [layers.downsample_conv, layers.upsample_conv])
+def test_rewritten_convolution_equals_plain(op, kernel, nd):
+  x = normal(0, 2, *(6, 4, 8)[:nd], 3)
+  w = 0.1 * normal(1, *(kernel,) * nd, 3, 5)
+
+  def run(name):
+    with layers.lowering(name):
+      loss = lambda x, w: jnp.sum(jnp.sin(op(x, w)))
+      grads = jax.jit(jax.grad(loss, (0, 1)))(x, w)
+      return jax.jit(op)(x, w), *grads
+
+  for plain, rewritten in zip(run('plain'), run('rewritten')):
+    assert plain.shape == rewritten.shape
+    np.testing.assert_allclose(plain, rewritten, atol=2e-5, rtol=1e-5)
+
+
+def test_downsample_conv_equals_scipy():
+  x, w = normal(0, 1, 8, 6, 1), normal(1, 4, 4, 1, 1)
+  full = signal.correlate2d(np.pad(x[0, ..., 0], 1), w[..., 0, 0], 'valid')
+  y = layers.downsample_conv(x, w)
+  np.testing.assert_allclose(y[0, ..., 0], full[::2, ::2], atol=1e-5)
+
+
+def test_upsample_conv_is_the_transpose_of_downsample_conv():
+  # <conv(x), y> = <x, conv^T(y)>, the kernel's channels swapped.
+  x, y, w = normal(0, 1, 8, 8, 3), normal(1, 1, 4, 4, 5), normal(2, 4, 4, 3, 5)
+  left = jnp.vdot(layers.downsample_conv(x, w), y)
+  right = jnp.vdot(x, layers.upsample_conv(y, w.swapaxes(2, 3)))
+  np.testing.assert_allclose(left, right, rtol=1e-4)
+
+
+def test_unknown_lowering_is_refused():
+  with pytest.raises(ValueError, match='rewritten'):
+    with layers.lowering('fast'):
+      pass
+
+
+def test_instance_norm_has_mean_0_and_biased_variance_1():
+  y = np.asarray(layers.instance_norm(5 + 3 * normal(0, 2, 8, 8, 4)))
+  np.testing.assert_allclose(y.mean((1, 2)), 0, atol=1e-5)
+  np.testing.assert_allclose(y.var((1, 2)), 1, atol=1e-4)
+
+
+def test_instance_norm_in_bfloat16_computes_in_float32():
+  x = 100 + normal(0, 1, 16, 16, 2)
+  x16 = jnp.asarray(x, jnp.bfloat16)
+  expected = layers.instance_norm(x16.astype(jnp.float32))
+  got = layers.instance_norm(x16).astype(jnp.float32)
+  np.testing.assert_allclose(got, expected, atol=0.02)
+
+
+# -- warps --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('form', ['gather', 'matrix'])
+def test_identity_grid_leaves_an_image(form):
+  image = normal(0, 2, 7, 5, 3)
+  where = jnp.tile(warp.grid(7, 5), (2, 1, 1, 1))
+  np.testing.assert_allclose(
+    warp.warp_frames(image, where, form), image, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('form', ['gather', 'matrix'])
+def test_warp_equals_scipy(form):
+  image = normal(0, 1, 9, 7, 2)
+  where = np.random.default_rng(1).uniform(-1.3, 1.3, (1, 6, 5, 2))
+  got = jax.jit(functools.partial(warp.warp_frames, form=form))(image, where)
+  y, x = (where[0, ..., 1] + 1) * 4, (where[0, ..., 0] + 1) * 3
+  for c in range(2):
+    expected = ndimage.map_coordinates(
+      image[0, ..., c], [y, x], order=1, mode='nearest'
+    )
+    np.testing.assert_allclose(got[0, ..., c], expected, atol=1e-5)
+
+
+def test_affine_shift_by_one_pixel_moves_the_image():
+  image = normal(0, 1, 5, 5, 1)
+  # Five pixels span 4 steps of 0.5: looking 0.5 to the right moves it left.
+  theta = jnp.array([[[1.0, 0, 0.5], [0, 1, 0]]])
+  out = warp.warp_frames(image, warp.affine_grid(theta, 5, 5))
+  np.testing.assert_allclose(out[0, :, :4], image[0, :, 1:], atol=1e-5)
+
+
+def part_inputs():
+  theta = warp.identity_affine() + 0.2 * normal(1, 2, 3, 2, 2, 3)
+  maps = jax.nn.softmax(normal(2, 2, 8, 8, 3), -1)
+  return normal(0, 2, 8, 8, 4), theta, maps
+
+
+def test_warp_parts_is_the_masked_sum_of_warps():
+  image, theta, maps = part_inputs()
+  expected = maps[..., :1] * image
+  frame = 1
+  for p in range(2):
+    where = warp.affine_grid(theta[:, frame, p], 8, 8)
+    moved = warp.warp_frames(image, where)
+    expected = expected + maps[..., p + 1 : p + 2] * moved
+  for form in ('gather', 'matrix'):
+    got = warp.warp_parts(image, theta, maps, form)[:, frame]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_both_forms_have_the_same_gradients():
+  inputs = part_inputs()
+  loss = lambda form: lambda *a: jnp.sum(jnp.sin(warp.warp_parts(*a, form)))
+  gather = jax.jit(jax.grad(loss('gather'), (0, 1, 2)))(*inputs)
+  matrix = jax.jit(jax.grad(loss('matrix'), (0, 1, 2)))(*inputs)
+  for a, b in zip(gather, matrix):
+    assert np.isfinite(a).all()
+    np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_gradient_of_the_affine_map_points_to_the_true_shift():
+  # A ramp image: moving the look-up right by d raises every value by d.
+  ramp = jnp.tile(jnp.linspace(-1, 1, 9), (9, 1))[None, ..., None]
+  theta = warp.identity_affine()[None]
+  inner = lambda th: warp.warp_frames(ramp, warp.affine_grid(th, 9, 9))[
+    0, 2:7, 2:7
+  ].mean()
+  grad = jax.grad(inner)(theta)[0]
+  np.testing.assert_allclose(grad[0, 2], 1.0, atol=1e-4)
+  np.testing.assert_allclose(grad[1, 2], 0.0, atol=1e-4)
+
+
+# -- losses, metrics, optimizers ----------------------------------------------
+
+
+def test_gan_losses_by_hand():
+  logits = jnp.array([[0.0, 2.0]])
+  # softplus(-0) = ln 2, softplus(-2) = ln(1 + e^-2) = 0.126928.
+  np.testing.assert_allclose(
+    losses.bce(logits, 1.0), [(np.log(2) + 0.126928) / 2], rtol=1e-5
+  )
+  # (0 - 1)^2 = 1 and (2 - 1)^2 = 1.
+  np.testing.assert_allclose(losses.least_squares(logits, 1.0), [1.0])
+  assert np.isfinite(jax.grad(lambda x: losses.bce(x, 0.0)[0])(1e4 + logits)
+                     ).all()
+
+
+def test_l1_is_the_mean_per_sample():
+  a, b = jnp.zeros((2, 2, 2, 1)), jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)
+  np.testing.assert_allclose(losses.l1(a, a + b), [1.0, 3.0])
+
+
+def test_psnr_equals_skimage_and_is_symmetric():
+  a, b = np.tanh(normal(0, 3, 8, 8, 3)), np.tanh(normal(1, 3, 8, 8, 3))
+  expected = [peak_signal_noise_ratio(x, y, data_range=2) for x, y in zip(a, b)]
+  np.testing.assert_allclose(metrics.psnr(a, b), expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics.psnr(a, b), metrics.psnr(b, a))
+
+
+def test_released_learning_rate_staircase():
+  # lr (1 - max(0, e + 2 - 10000) / 101): full until 9998, 0 at 10099.
+  rates = [float(optim.epoch_rate(e, 2e-4)) for e in (0, 9998, 9999, 10099)]
+  np.testing.assert_allclose(
+    rates, [2e-4, 2e-4, 2e-4 * 100 / 101, 0], atol=1e-12
+  )
+
+
+def test_make_tx_is_adam_by_hand():
+  tx = optim.make_tx(lr=0.1, b1=0.5, b2=0.999, eps=0.0)
+  state = tx.init(jnp.array(1.0))
+  update, state = tx.update(jnp.array(3.0), state)
+  np.testing.assert_allclose(update, -0.1, rtol=1e-5)  # g / |g|
+  # m = (0.25 * 3 + 0.5 * 1) / 0.75; v = (0.999 * 9 + 1) / 1.999
+  update, state = tx.update(jnp.array(1.0), state)
+  expected = -0.1 * (1.25 / 0.75) / np.sqrt((0.999 * 9 + 1) / 1.999)
+  np.testing.assert_allclose(update, expected, rtol=1e-4)
+
+
+def test_linear_schedule_ends_at_zero_and_bad_ones_are_refused():
+  tx = optim.make_tx(schedule='linear', constant_steps=2, decay_steps=2)
+  params, state, sizes = jnp.ones(()), None, []
+  state = tx.init(params)
+  for _ in range(5):
+    update, state = tx.update(jnp.ones(()), state)
+    sizes.append(float(-update) / 2e-4)
+  np.testing.assert_allclose(sizes, [1, 1, 1, 0.5, 0], atol=1e-4)
+  with pytest.raises(ValueError, match='cosine'):
+    optim.make_tx(schedule='cosin')
+  with pytest.raises(ValueError, match='decay_steps'):
+    optim.make_tx(schedule='linear')
+
+
+def test_ema_warm_up_by_hand():
+  # d = min(0.9, 1/10) at t = 0: 0 + 0.9 (1 - 0); then d = 2/11.
+  average = optim.update_ema(jnp.zeros(()), jnp.ones(()), 0.9, jnp.array(0))
+  np.testing.assert_allclose(average, 0.9, rtol=1e-6)
+  average = optim.update_ema(average, jnp.zeros(()), 0.9, jnp.array(1))
+  np.testing.assert_allclose(average, 0.9 * 2 / 11, rtol=1e-6)
+
+
+def test_optimizer_and_adam_of_optax_agree_on_two_parameters():
+  grads = {'a': jnp.array([1.0, -2.0])}
+  mine, reference = optim.make_tx(), optax.adam(2e-4, 0.5, 0.999)
+  a, _ = mine.update(grads, mine.init(grads))
+  b, _ = reference.update(grads, reference.init(grads))
+  np.testing.assert_allclose(a['a'], b['a'])
+
+
+# -- intensity ----------------------------------------------------------------
+
+
+def test_alpha_rules_by_hand_and_per_sample():
+  residual = jnp.array([[0.0, 2.0], [3.0, 4.0]])
+  neutral = jnp.array([[1.0, 1.0], [0.0, 0.0]])
+  frames = jnp.array([[[1.0, 3.0], [9.0, 0.0]], [[3.0, 4.0], [-3.0, -4.0]]])
+  # Shifts (0, 2), (8, -1): <., r> = 4, -2. Second clip: 25, -25.
+  np.testing.assert_allclose(
+    intensity.infer_alpha(frames, neutral, residual),
+    [[2, 1], [5, 5]], rtol=1e-5,
+  )
+  np.testing.assert_allclose(
+    intensity.infer_alpha(frames, neutral, residual, 'least_squares'),
+    [[1, -0.5], [1, -1]], rtol=1e-5,
+  )
+  alone = intensity.infer_alpha(frames[:1], neutral[:1], residual[:1])
+  np.testing.assert_allclose(alone, [[2, 1]], rtol=1e-5)
+
+
+def test_least_squares_alpha_inverts_the_latent_path():
+  base, r = normal(0, 2, 16), normal(1, 2, 16)
+  alpha = np.array([[0.0, 0.3, 1.0], [-0.2, 0.5, 1.7]], np.float32)
+  frames = base[:, None] + alpha[..., None] * r[:, None]
+  got = intensity.infer_alpha(frames, base, r, 'least_squares')
+  np.testing.assert_allclose(got, alpha, atol=1e-5)
+
+
+def test_alpha_gradient_is_finite_where_the_residual_vanishes():
+  zero = jnp.zeros((1, 4))
+  for rule in intensity.RULES:
+    loss = lambda r, rule=rule: intensity.infer_alpha(
+      jnp.ones((1, 2, 4)), zero, r, rule
+    ).sum()
+    assert np.isfinite(jax.grad(loss)(zero)).all()
+
+
+def test_visible_progress_of_a_linear_change():
+  change = normal(0, 4, 4, 3)
+  steps = np.array([0, 0.5, 1.0, 0.25], np.float32)
+  clip = (steps[:, None, None, None] * change)[None]
+  np.testing.assert_allclose(
+    intensity.visible_progress(clip), [[0.5, 1.0, 0.25]], atol=1e-5
+  )
+
+
+def test_code_error_vanishes_on_the_line_only():
+  r, progress = normal(0, 1, 8), jnp.array([[0.25, 1.0]])
+  shift = progress[..., None] * r[:, None]
+  codes = jnp.concatenate([jnp.zeros((1, 1, 8)), shift], 1) + 3.0
+  np.testing.assert_allclose(
+    intensity.code_error(codes, r, progress), [0], atol=1e-6
+  )
+  # Twice too far: |2s - s|^2 / |2s|^2 = 1/4.
+  doubled = 3.0 + 2 * (codes - 3.0)
+  np.testing.assert_allclose(
+    intensity.code_error(doubled, r, progress), [0.25], rtol=1e-4
+  )
+
+
+def test_profile_remembers_the_onset_of_each_label():
+  time = jnp.tile(jnp.linspace(0, 1, 31)[1:], (2, 1))
+  alpha = jnp.stack([time[0] ** 2, 0.5 * time[1]])
+  profile = intensity.empty_profile(3)
+  terms = intensity.profile_terms(alpha, time, jnp.array([0, 2]), 3)
+  for _ in range(5):
+    profile = intensity.update_profile(profile, terms)
+  got = intensity.sweep('profile', 11, 2.0, profile, jnp.array([0, 2, 1]))
+  at = np.linspace(0, 1, 11)
+  # A knot averages the frames around it; the last has them on one side only.
+  np.testing.assert_allclose(got[0, :-1], 2 * at[:-1] ** 2, atol=0.01)
+  np.testing.assert_allclose(got[0, -1], 2.0, atol=0.05)
+  np.testing.assert_allclose(got[1], at, atol=0.02)
+  np.testing.assert_allclose(got[2], 0, atol=1e-6)  # never seen
+
+
+def test_profile_bridges_times_never_seen():
+  profile = intensity.empty_profile(0)
+  terms = intensity.profile_terms(
+    jnp.array([[1.0]]), jnp.array([[1.0]]), jnp.array([0]), 0
+  )
+  profile = intensity.update_profile(profile, terms)
+  got = intensity.sweep('profile', 5, 1.0, profile, jnp.array([0]))
+  np.testing.assert_allclose(got, [[0, 0.25, 0.5, 0.75, 1]], atol=1e-5)
+
+
+def test_sweeps():
+  profile, row = intensity.empty_profile(0), jnp.array([0, 0])
+  linear = intensity.sweep('linear', 5, 1.2, profile, row)
+  np.testing.assert_allclose(linear[1], np.linspace(0, 1.2, 5), rtol=1e-6)
+  reference = intensity.sweep('reference', 99, 3.0, profile, row)
+  np.testing.assert_allclose(reference[0], np.arange(20) / 20, atol=1e-6)
+  with pytest.raises(ValueError, match='linear, profile, reference'):
+    intensity.sweep('lineal', 5, 1.0, profile, row)
+
+
+def test_spearman_equals_scipy():
+  values = normal(0, 12)
+  expected = stats.spearmanr(np.arange(12), values)[0]
+  np.testing.assert_allclose(runs._spearman(values), expected, atol=1e-6)
+
+
+# -- nets ---------------------------------------------------------------------
+
+
+def count(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def shapes(module, size, **kwargs):
+  image, label = jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32)
+  return jax.eval_shape(
+    lambda: module.init(jax.random.key(0), image, label, jnp.zeros((1, 1)))
+  )['params']
+
+
+@pytest.mark.parametrize('net, size, expected', [
+  ('unet_256', 256, 73_945_411), ('unet_128', 128, 57_166_659),
+  ('unet_64', 64, 40_387_907), ('resnet_6', 64, 15_297_155),
+  ('resnet_9', 64, 22_378_115),
+])
+def test_parameters_of_the_reference_generators(net, size, expected):
+  params = shapes(nets.Generator(net=net), size)
+  assert count(params) == expected
+  if net == 'unet_256':
+    assert count(params['base_encoder']) == 19_535_808
+    assert count(params['residual_encoder']) == 19_535_808
+    assert count(params['decoder']) == 34_873_795
+
+
+def test_parameters_of_the_discriminators():
+  image = jnp.zeros((1, 256, 256, 3))
+  init = lambda module, *a: jax.eval_shape(module.init, jax.random.key(0), *a)
+  patch = nets.PatchDiscriminator()
+  assert count(init(patch, image, image)) == 2_767_809
+  logits = jax.eval_shape(
+    lambda p: patch.apply(p, image, image), init(patch, image, image)
+  )
+  assert logits.shape == (1, 30, 30)
+  assert count(init(nets.AlphaDiscriminator(), jnp.zeros((1, 5)))) == 66
+  # 6*64 + 64, 64*128 + 128, 128 + 1.
+  pixel = nets.PatchDiscriminator(num_layers=0)
+  assert count(init(pixel, image, image)) == 448 + 8320 + 129
+
+
+def test_unet_levels():
+  encoder = nets.UNetEncoder(num_downs=8)
+  image = jnp.zeros((2, 256, 256, 3))
+  levels = jax.eval_shape(
+    lambda: encoder.init_with_output(jax.random.key(0), image)[0]
+  )
+  assert [x.shape for x in levels] == [
+    (2, 256 >> n, 256 >> n, c) for n, c in
+    zip(range(1, 9), (64, 128, 256, 512, 512, 512, 512, 512))
+  ]
+
+
+def small_generator(**kwargs):
+  settings = dict(net='unet_16', width=4, num_labels=3, embedding_dim=4,
+                  num_parts=2, warp_sizes=(4, 16))
+  module = nets.Generator(**settings | kwargs)
+  image, label = np.tanh(normal(0, 2, 16, 16, 3)), jnp.array([0, 2])
+  params = module.init(jax.random.key(0), image, label, jnp.zeros((2, 1)))
+  return module, params, image, label
+
+
+def perturbed(params, scale=0.1):
+  """All parameters moved, so that nothing that starts at zero stays there."""
+  leaves, tree = jax.tree.flatten(params)
+  moved = [p + scale * normal(i, *p.shape) for i, p in enumerate(leaves)]
+  return jax.tree.unflatten(tree, moved)
+
+
+def codes_at(module, params, image, label, alpha):
+  base = module.apply(params, image, method='encode_base')
+  motion = module.apply(params, image, label, method='encode_motion')
+  alpha = jnp.asarray(alpha, jnp.float32)
+  return base, motion, module.apply(
+    params, base, motion, alpha, method='transform'
+  )
+
+
+def test_transformation_starts_as_the_latent_path():
+  both, params, image, label = small_generator(affine='both')
+  base, motion, codes = codes_at(both, params, image, label, [[0.7], [0.7]])
+  for z, h, r in zip(codes, base, motion['residual']):
+    np.testing.assert_allclose(z, h + 0.7 * r, atol=1e-5)
+
+
+def test_latent_code_is_affine_in_alpha_and_base_at_zero():
+  module, params, image, label = small_generator(affine='latent')
+  alphas = [[0.0, 0.5, 1.0]] * 2
+  base, _, codes = codes_at(module, perturbed(params), image, label, alphas)
+  for z, h in zip(codes, base):
+    z = z.reshape(2, 3, *z.shape[1:])
+    np.testing.assert_allclose(z[:, 0], h, atol=1e-6)
+    np.testing.assert_allclose(2 * z[:, 1], z[:, 0] + z[:, 2], atol=1e-5)
+
+
+def test_spatial_only_has_no_residual_and_no_motion_at_alpha_zero():
+  module, params, image, label = small_generator(affine='spatial')
+  params = perturbed(params)
+  base, motion, codes = codes_at(
+    module, params, image, label, [[0.0, 1.0]] * 2
+  )
+  assert all(not r.any() for r in motion['residual'])
+  for z, h in zip(codes, base):
+    z = z.reshape(2, 2, *z.shape[1:])
+    np.testing.assert_allclose(z[:, 0], h, atol=1e-4)
+  assert np.abs(codes[1][1] - codes[1][0]).max() > 1e-3
+
+
+@pytest.mark.parametrize('affine', nets.AFFINES)
+@pytest.mark.parametrize('head', ['residual', 'blend'])
+def test_heads_start_near_the_copy(head, affine):
+  module, params, image, label = small_generator(head=head, affine=affine)
+  frame = module.apply(params, image, label, jnp.ones((2, 1)))
+  if head == 'residual':
+    np.testing.assert_allclose(frame, image, atol=1e-5)
+  else:  # m = sigmoid(-2) = 0.12 of something near tanh(0) = 0.
+    np.testing.assert_allclose(frame, 0.88 * image, atol=0.1)
+
+
+def test_labels_change_the_residual_once_trained():
+  module, params, image, _ = small_generator()
+  params = perturbed(params)
+  make = lambda n: module.apply(
+    params, image, jnp.array([n, n]), method='encode_motion'
+  )['residual'][-1]
+  assert np.abs(make(0) - make(1)).max() > 1e-3
+
+
+def test_noise_vector_reaches_the_bottleneck():
+  module, params, image, label = small_generator(noise_dim=3)
+  base, motion, _ = codes_at(module, params, image, label, [[1.0]] * 2)
+  codes = lambda noise: module.apply(
+    params, base, motion, jnp.ones((2, 1)), noise, method='transform'
+  )
+  a, b = codes(jnp.zeros((2, 3))), codes(jnp.ones((2, 3)))
+  assert np.abs(a[-1] - b[-1]).max() > 1e-3
+  np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_remat_and_bfloat16_give_the_same_frames():
+  module, params, image, label = small_generator()
+  params = perturbed(params, 0.02)
+  alpha = jnp.full((2, 1), 0.5)
+  plain = module.apply(params, image, label, alpha)
+  again = module.clone(remat=True).apply(params, image, label, alpha)
+  np.testing.assert_allclose(plain, again, atol=1e-5)
+  half = module.clone(dtype=jnp.bfloat16).apply(params, image, label, alpha)
+  assert half.dtype == jnp.float32
+  assert np.abs(plain - half).mean() < 0.02
