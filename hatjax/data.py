@@ -369,8 +369,8 @@ class Batches:
 
 def make_batches(
   name, split='train', image_size=256, batch_size=1, num_frames=5, seed=0,
-  load_size=None, pad=0, crop_offsets=None, flip=0.5, jitter=0.0,
-  resize='auto', resident='auto', labels=None, directory=None,
+  load_size=0, pad=0, crop_offsets=0, flip=0.5, jitter=0.0,
+  resize='auto', resident='auto', labels=(), directory=None,
 ):
   """Batches of a split.
 
@@ -381,16 +381,16 @@ def make_batches(
     batch_size: clips per step, over all devices.
     num_frames: K frames per clip besides the neutral one.
     seed: of the order and the picks.
-    load_size: side after resizing, before the random crop; default
+    load_size: side after resizing, before the random crop; 0 for
       image_size.
     pad: edge pixels added before the crop.
-    crop_offsets: how many crop positions per axis; default all of them.
+    crop_offsets: how many crop positions per axis; 0 for all of them.
     flip: probability of mirroring a clip.
     jitter: strength of the colour jitter, 0 for none.
     resize: 'auto' (anti-aliased) or 'cubic' (the released code's).
-    resident: keep all frames on the device: True, False or 'auto' (when they
+    resident: keep all frames on the device: 'yes', 'no' or 'auto' (when they
       take less than 2 GiB).
-    labels: use only clips with these labels (names or aliases).
+    labels: use only clips with these labels (names or aliases); () for all.
     directory: where the records live; see `data_dir`.
 
   Raises:
@@ -398,7 +398,7 @@ def make_batches(
   """
   records = Records(name, directory)
   clips = [c for c in records.split(split) if c.num_frames > 1]
-  if labels is not None:
+  if labels:
     wanted = {records.labels.index(match_label(x, records.labels))
               for x in labels}
     clips = [c for c in clips if c.label in wanted]
@@ -412,15 +412,24 @@ def make_batches(
     raise ValueError(
       f'data.load_size {load_size} is smaller than image_size {image_size}.'
     )
-  crop_offsets = room + 1 if crop_offsets is None else crop_offsets
+  crop_offsets = crop_offsets or room + 1
   if not 1 <= crop_offsets <= room + 1:
     raise ValueError(f'data.crop_offsets must lie in 1..{room + 1}.')
+  for setting, value, known in (
+    ('resident', resident, ('auto', 'yes', 'no')),
+    ('resize', resize, ('auto', 'cubic', 'area')),
+  ):
+    if value not in known:
+      raise ValueError(
+        f'data.{setting} is {value!r}. Choose one of: {", ".join(known)}.'
+      )
   if resident == 'auto':
     count = sum(c.num_frames for c in clips)
-    resident = 4 * count * load_size**2 < RESIDENT_LIMIT
+    small = 4 * count * load_size**2 < RESIDENT_LIMIT
+    resident = 'yes' if small else 'no'
   return Batches(
     records=records, clips=tuple(clips), image_size=image_size,
     load_size=load_size, batch_size=batch_size, num_frames=num_frames,
     seed=seed, pad=pad, crop_offsets=crop_offsets, flip=flip, jitter=jitter,
-    resize=resize, resident=bool(resident),
+    resize=resize, resident=resident == 'yes',
   )

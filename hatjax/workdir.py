@@ -151,6 +151,7 @@ class Run:
     by_score = lambda metrics: metrics.get('val/psnr', -np.inf)
     self._manager = ocp.CheckpointManager(
       (self.folder / 'checkpoints').absolute(),
+      item_handlers=ocp.StandardCheckpointHandler(),  # to know the metadata
       options=ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy([
           LatestN(n=keep), BestN(n=1, get_metric_fn=by_score),
@@ -188,20 +189,25 @@ class Run:
         f'{self.folder} has no checkpoint {step}. It has: '
         f'{", ".join(map(str, self.steps()))}.'
       )
-    self._check(abstract_state, step)
     try:
-      return self._manager.restore(
-        step, args=ocp.args.StandardRestore(abstract_state)
-      )
+      found = self._shape_differences(abstract_state, step)
+      if not found:
+        return self._manager.restore(
+          step, args=ocp.args.StandardRestore(abstract_state)
+        )
     except Exception as error:  # orbax raises many kinds for a damaged one.
       reason = str(error).strip().splitlines()[0][:200]
       raise ValueError(
         f'Checkpoint {self.folder}/checkpoints/{step} cannot be read '
         f'({reason}). Delete it to go on from an earlier one.'
       ) from error
+    raise ValueError(
+      f'Checkpoint {self.folder}/checkpoints/{step} is of another config: '
+      f'{found[0]}.'
+    )
 
-  def _check(self, abstract_state, step):
-    """Compares shapes first: orbax would fill or crop silently."""
+  def _shape_differences(self, abstract_state, step):
+    """Compared first: orbax would fill or crop silently."""
     flat = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
       for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -209,13 +215,12 @@ class Run:
     metadata = self._manager.item_metadata(step)
     saved = flat(getattr(metadata, 'tree', metadata))
     wanted = flat(abstract_state)
-    for key in sorted(saved.keys() | wanted.keys()):
-      if saved.get(key) != wanted.get(key):
-        raise ValueError(
-          f'Checkpoint {self.folder}/checkpoints/{step} is of another config: '
-          f'{key} is {saved.get(key, "absent")} there and '
-          f'{wanted.get(key, "absent")} here.'
-        )
+    return [
+      f'{key} is {saved.get(key, "absent")} there and '
+      f'{wanted.get(key, "absent")} here'
+      for key in sorted(saved.keys() | wanted.keys())
+      if saved.get(key) != wanted.get(key)
+    ]
 
   def save(self, step, state, scores=None):
     """Saves in the background; a checkpoint is complete or not there.

@@ -28,17 +28,17 @@ def equal(a, b):
 
 
 def test_batch_k_is_a_function_of_seed_and_k(toy_records):
-  whole = take(batches(toy_records, resident=False).iterate(), 9)
-  late = take(batches(toy_records, resident=False).iterate(6), 3)
+  whole = take(batches(toy_records, resident='no').iterate(), 9)
+  late = take(batches(toy_records, resident='no').iterate(6), 3)
   for a, b in zip(whole[6:], late):
     equal(a, b)
-  other = take(batches(toy_records, resident=False, seed=6).iterate(), 9)
+  other = take(batches(toy_records, resident='no', seed=6).iterate(), 9)
   assert any(not np.array_equal(a['video'], b['video'])
              for a, b in zip(whole, other))
 
 
 def test_batch_holds_what_the_records_say(toy_records):
-  source = batches(toy_records, resident=False)
+  source = batches(toy_records, resident='no')
   batch = next(source.iterate())
   assert batch['video'].shape == (2, 4, 16, 16, 3)
   assert batch['video'].dtype == batch['lip_mask'].dtype == np.uint8
@@ -59,7 +59,7 @@ def test_batch_holds_what_the_records_say(toy_records):
 
 
 def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
-  stream = batches(toy_records, resident=False, batch_size=8).iterate()
+  stream = batches(toy_records, resident='no', batch_size=8).iterate()
   epochs = [list(next(stream)['subject']) for _ in range(4)]
   assert all(sorted(e) == list(range(8)) for e in epochs)
   assert len({tuple(e) for e in epochs}) > 1
@@ -67,8 +67,8 @@ def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
 
 @pytest.mark.parametrize('jitter', [0.0, 0.2])
 def test_resident_batches_are_bit_equal_to_streamed_ones(toy_records, jitter):
-  streamed = batches(toy_records, resident=False, jitter=jitter)
-  resident = batches(toy_records, resident=True, jitter=jitter)
+  streamed = batches(toy_records, resident='no', jitter=jitter)
+  resident = batches(toy_records, resident='yes', jitter=jitter)
   frames = resident.resident_frames()
   assert frames['video'].shape == (64, 16, 16, 3)
   rng = jax.random.key(3)
@@ -82,7 +82,7 @@ def test_resident_batches_are_bit_equal_to_streamed_ones(toy_records, jitter):
 
 
 def test_augmentation_is_one_crop_and_flip_per_clip(toy_records):
-  source = batches(toy_records, resident=False, pad=0, load_size=20, flip=1.0)
+  source = batches(toy_records, resident='no', pad=0, load_size=20, flip=1.0)
   batch = next(source.iterate())
   out = source.prepare(batch, {}, jax.random.key(0))
   for n in range(2):
@@ -102,7 +102,7 @@ def test_augmentation_is_one_crop_and_flip_per_clip(toy_records):
 
 def test_released_crop_offsets_stop_one_short(toy_records):
   source = batches(
-    toy_records, resident=False, load_size=20, pad=0, crop_offsets=2, flip=0.0
+    toy_records, resident='no', load_size=20, pad=0, crop_offsets=2, flip=0.0
   )
   batch = next(source.iterate())
   prepare = jax.jit(source.prepare)
@@ -118,7 +118,7 @@ def test_released_crop_offsets_stop_one_short(toy_records):
 
 
 def test_colour_jitter_keeps_the_range_and_serves_the_whole_clip(toy_records):
-  source = batches(toy_records, resident=False, jitter=0.5, flip=0.0, pad=0)
+  source = batches(toy_records, resident='no', jitter=0.5, flip=0.0, pad=0)
   batch = next(source.iterate())
   batch['video'][:, 1:] = batch['video'][:, :1]  # a still clip
   out = np.asarray(source.prepare(batch, {}, jax.random.key(1))['video'])
@@ -138,6 +138,8 @@ def test_labels_filter_by_alias(toy_records):
 @pytest.mark.parametrize('changes, message', [
   (dict(split='trian'), 'Choose one of: .*everything'),
   (dict(name='frame_folders/face-99'), 'hatjax.prepare frame_folders'),
+  (dict(resident=True), 'auto, yes, no'),
+  (dict(resize='nearest'), 'auto, cubic, area'),
   (dict(load_size=8), 'load_size 8 is smaller'),
   (dict(load_size=20, pad=0, crop_offsets=6), r'1\.\.5'),
 ])

@@ -40,12 +40,28 @@ def get_stage(preset, image_size, data):
     adam |= dict(schedule='epochs', constant_steps=10_000, decay_steps=100)
   stage.optim = {net: dict(adam) for net in NETS}
   stage.data = dict(
-    image_size=image_size, batch_size=1, num_frames=12, flip=0.5,
-    pad=image_size // 32, resize='auto', resident='auto',
+    image_size=image_size,
+    batch_size=1,                 # clips
+    num_frames=12,                # K, besides the neutral one
+    load_size=0,                  # side before the random crop; 0: image_size
+    pad=image_size // 32,         # edge pixels added before the crop
+    crop_offsets=0,               # crop positions per axis; 0: all
+    flip=0.5,
+    jitter=0.0,                   # of colours
+    resize='auto',                # 'cubic': without anti-aliasing
+    resident='auto',              # frames on the device: yes, no
+    labels=(),                    # use only these
   )
   stage.train = dict(
-    num_steps=20_000, steps_per_dispatch=10, log_every=50, ckpt_every=500,
-    sample_every=500, keep=3, val_split='val', val_clips=8,
+    num_steps=20_000,
+    steps_per_dispatch=10,
+    dispatch='auto',              # scan or loop over those
+    log_every=50,
+    ckpt_every=500,
+    sample_every=500,
+    keep=3,                       # checkpoints, besides the best
+    val_split='val',
+    val_clips=8,
   )
   if preset in ('paper', 'reference'):
     size = image_size
@@ -69,12 +85,37 @@ def get_stage(preset, image_size, data):
 def _model(preset, image_size):
   wide = 64 if image_size > 128 else 32
   model = dict(
-    net=f'unet_{image_size}', image_size=image_size, width=wide,
-    discriminator_width=wide, head='residual', affine='both', num_parts=4,
-    gan_loss='bce', alpha_rule='least_squares', alpha_clip=(-0.5, 2.0),
-    lambda_gan=1.0, lambda_patch=1.0, lambda_alpha=100.0, lambda_l1=100.0,
-    lambda_recon=0.0, lambda_code=1.0, ema_decay=0.99, remat=False,
-    dtype='float32',
+    image_size=image_size,
+    num_labels=-1,                # as many as the data have; 0: no label
+    net=f'unet_{image_size}',     # or resnet_6, resnet_9
+    width=wide,
+    discriminator_width=wide,
+    discriminator_layers=3,       # 0: the 1x1 'pixel' variant
+    head='residual',              # direct, blend, residual
+    affine='both',                # latent, spatial, both
+    num_parts=4,                  # 1: one map for the whole face (eq. 2)
+    warp_sizes=(8, 64),           # sides of the levels that are warped
+    embedding_dim=64,
+    noise_dim=0,                  # length of the noise vector c (eqs 5-6)
+    dropout=0.5,
+    feature_noise=0.01,
+    gan_loss='bce',               # or least_squares
+    alpha_rule='least_squares',   # or reference
+    alpha_clip=(-0.5, 2.0),
+    alpha_noise=True,             # infer alpha from noised codes
+    lambda_gan=1.0,
+    lambda_patch=1.0,
+    lambda_alpha=100.0,           # over K, as the released code has it
+    lambda_l1=100.0,
+    lambda_recon=0.0,
+    lambda_code=1.0,              # straightens the hidden path
+    adversarial_warmup=0,         # steps
+    patch_crop=0,                 # side of a cut around the lips; 0: none
+    generator_steps=1,            # K_g and K_d of HAT-cGAN-DIFF's Algorithm 1
+    discriminator_steps=1,
+    ema_decay=0.99,               # of the generator; 0: none
+    remat=False,                  # less memory, a third more work
+    dtype='float32',              # of the computation; or bfloat16
   )
   if preset == 'tiny':
     model |= dict(

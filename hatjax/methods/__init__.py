@@ -33,8 +33,8 @@ def make(stage, steps_per_epoch=1, **model):
     stage: mapping with `method`, `model` (keyword arguments of the class) and
       `optim` (net name -> keyword arguments of `optim.make_tx`).
     steps_per_epoch: for schedules that count in epochs.
-    **model: model settings known only from the data, such as num_labels;
-      those of the config win.
+    **model: model settings known from the data, such as num_labels; those of
+      the config win, unless they are -1.
 
   Raises:
     ValueError: unknown method or setting, by its full name.
@@ -47,7 +47,11 @@ def make(stage, steps_per_epoch=1, **model):
   cls = METHODS[name]
   fields = {f.name for f in dataclasses.fields(cls)}
   settings = {k: v for k, v in model.items() if k in fields}
-  settings |= {k: _tuples(v) for k, v in dict(stage['model']).items()}
+  settings |= {
+    # -1 stands for what the data say; a config cannot hold None and a number.
+    k: _tuples(v) for k, v in dict(stage['model']).items()
+    if not (k in settings and v == -1)
+  }
   unknown = sorted(set(settings) - fields)
   if unknown:
     known = ', '.join(sorted(fields - {'tx', 'axis_name'}))
