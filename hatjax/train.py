@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -14,16 +13,10 @@ import jax
 import numpy as np
 import tqdm
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from hatjax import data, parallel, runs, workdir
+from hatjax import config_flag, data, parallel, runs, workdir
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None,
-  'Which data and methods, e.g. configs/ck_plus.py or '
-  'configs/ck_plus.py:hat_cgan,tiny. Any setting can be overridden: '
-  '--config.hat_cgan.train.num_steps=500',
-)
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   'workdir', None,
   'Folder of the run; default runs/<config and arguments>. Run again with '
@@ -253,23 +246,13 @@ class _Clock:
     return rate
 
 
-def default_workdir(config_flag):
-  """runs/<config and arguments>: configs/a.py:b,c -> runs/a-b-c."""
-  path, _, argument = config_flag.partition(':')
-  parts = [pathlib.Path(path).stem, *filter(None, argument.split(','))]
-  return pathlib.Path('runs') / '-'.join(parts)
-
-
 def main(argv):
   """The command."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument: {argv[1]}')
-  if _CONFIG.value is None:
-    raise app.UsageError('Pass --config, e.g. --config configs/ck_plus.py')
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
   parallel.enable_compilation_cache()
-  flag = config_flags.get_config_filename(flags.FLAGS['config'])
-  folder = _WORKDIR.value or default_workdir(flag)
+  folder = _WORKDIR.value or config_flag.default_workdir()
   try:
     train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)
   except Interrupted as stop:
@@ -281,4 +264,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=config_flag.parse)
