@@ -1,10 +1,16 @@
 """What every data set's config does with its argument."""
 
+import importlib
+import pathlib
+
 import ml_collections
 
-from configs.methods import hat_cgan
-
-METHODS = {'hat_cgan': hat_cgan}
+# One file in configs/methods is one method; nothing else needs to know it.
+METHODS = {
+  path.stem: importlib.import_module(f'configs.methods.{path.stem}')
+  for path in sorted((pathlib.Path(__file__).parent / 'methods').glob('*.py'))
+  if path.stem != '__init__'
+}
 
 
 def parse(arg, default_size, data, default_stages=('hat_cgan',)):

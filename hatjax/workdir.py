@@ -20,6 +20,7 @@ import pathlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import (
   AnyPreservationPolicy,
   BestN,
@@ -148,8 +149,14 @@ class Run:
       )
     if not read_only:
       (self.folder / 'samples').mkdir(parents=True, exist_ok=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of read_only itself
+    self._manager = self._open_manager(keep, read_only)
+    logging.set_verbosity(verbosity)
+
+  def _open_manager(self, keep, read_only):
     by_score = lambda metrics: metrics.get('val/psnr', -np.inf)
-    self._manager = ocp.CheckpointManager(
+    return ocp.CheckpointManager(
       (self.folder / 'checkpoints').absolute(),
       item_handlers=ocp.StandardCheckpointHandler(),  # to know the metadata
       options=ocp.CheckpointManagerOptions(

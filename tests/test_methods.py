@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from configs.methods import hat_cgan as hat_config
 from hatjax import losses, methods, parallel, runs
 from hatjax.nets import hat_cgan as nets
@@ -21,9 +22,9 @@ def tiny_stages():
   """{(method, blocks): stage} over all configs; equal stages once."""
   stages = {}
   for name in CONFIGS:
-    config = importlib.import_module(f'configs.{name}').get_config('tiny')
-    for method in config.stages:
-      stage = config[method].to_dict()
+    module = importlib.import_module(f'configs.{name}')
+    for method in common.METHODS:
+      stage = module.get_config(f'{method},tiny')[method].to_dict()
       key = json.dumps([method, stage['model'], stage['optim']], default=str)
       stages.setdefault(key, stage)
   return list(stages.values())
