@@ -44,7 +44,7 @@ def get_stage(preset, image_size, data):
     batch_size=1,                 # clips
     num_frames=12,                # K, besides the neutral one
     load_size=0,                  # side before the random crop; 0: image_size
-    pad=image_size // 32,         # edge pixels added before the crop
+    pad=0,                        # edge pixels added before the crop
     crop_offsets=0,               # crop positions per axis; 0: all
     flip=0.5,
     jitter=0.0,                   # of colours
@@ -66,7 +66,7 @@ def get_stage(preset, image_size, data):
   if preset in ('paper', 'reference'):
     size = image_size
     stage.data.update(
-      num_frames=5, pad=0, load_size=size * 286 // 256,
+      num_frames=5, load_size=size * 286 // 256,
     )
     stage.train.num_steps = 200_000
   if preset == 'reference':
