@@ -250,7 +250,8 @@ def main(argv):
   """The command."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument: {argv[1]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file.
+  # Orbax tells of every file, and of errors that are raised here as well.
+  logging.set_verbosity(logging.FATAL)
   parallel.enable_compilation_cache()
   folder = _WORKDIR.value or config_flag.default_workdir()
   try:
@@ -258,7 +259,7 @@ def main(argv):
   except Interrupted as stop:
     print(stop)
     return
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   print(f'Trained. Everything is in {folder}')
 

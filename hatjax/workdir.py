@@ -141,7 +141,7 @@ class Run:
 
   def __init__(self, folder, keep=3, read_only=False):
     self.folder = pathlib.Path(folder)
-    self._board = None
+    self._board = self._saving = None
     if read_only and not (self.folder / 'checkpoints').is_dir():
       raise ValueError(
         f'{self.folder} has no checkpoints yet. Train further: run '
@@ -235,26 +235,29 @@ class Run:
     Raises:
       ValueError: the disk said no; earlier checkpoints stay.
     """
+    self.wait()
+    self._saving = step
     try:
       self._manager.save(
         step, args=ocp.args.StandardSave(state),
         metrics={k: float(v) for k, v in (scores or {}).items()}, force=True,
       )
     except Exception as error:
-      raise self._save_error(step, error) from error
+      raise self._save_error(error) from error
 
   def wait(self):
     """Until the last save is on disk."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      raise self._save_error(self.latest_step(), error) from error
+      raise self._save_error(error) from error
 
-  def _save_error(self, step, error):
+  def _save_error(self, error):
     reason = str(error).strip().splitlines()[0][:200] or type(error).__name__
     kept = ', '.join(map(str, self.steps())) or 'none'
     return ValueError(
-      f'Checkpoint {step} could not be saved in {self.folder} ({reason}). '
+      f'Checkpoint {self._saving} could not be saved in {self.folder} '
+      f'({reason}). '
       f'Earlier ones are intact: {kept}. Free some space and run again.'
     )
 
