@@ -83,6 +83,7 @@ class Clip:
   id: str
   label: int
   subject: int
+  subject_name: str
   num_frames: int
 
 
@@ -108,7 +109,7 @@ class Records:
     for index, (name, c) in enumerate(self.metadata['clips'].items()):
       self.clips[name] = Clip(
         index, name, self.labels.index(c['label']),
-        subjects.index(c['subject']), c['num_frames'],
+        subjects.index(c['subject']), c['subject'], c['num_frames'],
       )
 
   def split(self, name):
@@ -353,6 +354,18 @@ class Batches:
       'label': np.zeros(shape[:1], np.int32),
       'subject': np.zeros(shape[:1], np.int32),
     }
+
+  def neutral_faces(self, limit=None):
+    """{subject: first frame uint8 [S, S, 3]}, the first clip of each."""
+    faces = {}
+    for clip in self.clips:
+      if clip.subject_name in faces:
+        continue
+      if limit and len(faces) == limit:
+        break
+      (frame,), _ = self.records.read(clip, [0])
+      faces[clip.subject_name] = self._fit(frame, self.image_size)
+    return faces
 
   def whole_clips(self, limit=None):
     """Whole clips without augmentation, at image_size, in a fixed order.

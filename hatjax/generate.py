@@ -28,7 +28,8 @@ names:
     --out smile.mp4 --image a b     smile_a.mp4 smile_b.mp4
     --out frames/ --label all       frames/happy/0000.png ...
     --out 'gifs/{label}/{image}.gif'
-  Several labels also give a grid of all of them with captions, per image.
+  Several labels also give a grid of all of them with captions, per image; with
+  --split, where {image} is the subject, one more of all images (all_grid).
   Videos of the same name are replaced, each only when the new one is whole.
 
 exit code:
@@ -41,6 +42,7 @@ examples:
   python -m hatjax.generate --workdir runs/a --image photos/ --label happy,anger
   python -m hatjax.generate --workdir runs/a --image face.jpg --label happy \\
     --num_frames 48 --boomerang --out smile.gif
+  python -m hatjax.generate --workdir runs/a --split test --num_images 4
 """
 
 
@@ -58,8 +60,15 @@ def _parser():
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the trained run')
   add('--step', type=int, help='checkpoint to use; default: the newest')
-  add('--image', required=True, nargs='+', action='extend',
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument('--image', nargs='+', action='extend',
       help='pictures, or folders of them')
+  source.add_argument('--split',
+      help="instead, neutral faces of this split of the run's records, such "
+      'as test: one per subject')
+  add('--num_images', type=_count, default=4,
+      help='how many of the split; default: 4')
+  add('--data_dir', help="where the run's records live, for --split")
   add('--label', action='append',
       help='expression: one, several with commas or by repeating the option, '
       'or all; default: all')
@@ -117,24 +126,36 @@ def _say(message):
 
 def _generate(args):
   sweep = _sweep(args)
-  paths = _image_paths(args.image)
+  paths = _image_paths(args.image or ())
   from hatjax import runs  # brings JAX: after the checks that need no run
   run = runs.load(args.workdir, step=args.step)
   labels = _labels(args.label, run)
-  outs = _outs(args.out, _names(paths), labels)
+  if args.split:
+    known = run.neutral_faces(args.split, args.num_images, args.data_dir)
+    names = list(known)
+  else:
+    names = _names(paths)
+  outs = _outs(args.out, names, labels)
   for path in itertools.chain(*(by_label.values() for by_label in outs)):
     video.check_writable(path)
-  crops = _crops(paths, run, args.crop)
+  crops = (
+    list(known.values()) if args.split else _crops(paths, run, args.crop)
+  )
   jobs = [
-    (i, label) for i in range(len(paths)) if crops[i] is not None
+    (i, label) for i in range(len(crops)) if crops[i] is not None
     for label in labels or (None,)
   ]
   seconds = []
   clips = _animate(run, crops, jobs, args.batch_size, sweep, seconds)
   progress = tqdm.tqdm(total=len(jobs), unit='video', disable=None, leave=False)
   with progress:
+    rows = []
     for i, group in itertools.groupby(zip(jobs, clips), lambda x: x[0][0]):
-      _write(((job[1], clip) for job, clip in group), outs[i], args, progress)
+      rows += _write(
+        ((job[1], clip) for job, clip in group), outs[i], args, progress
+      )
+  if args.split and len(labels) > 1 and len(names) > 1:
+    _write_table(rows, labels, _outs(args.out, ['all', ''], labels)[0], args)
   _report(len(jobs), sweep['num_frames'], args.batch_size, seconds)
   return 0
 
@@ -258,7 +279,10 @@ def _animate(run, crops, jobs, batch_size, sweep, seconds):
 
 
 def _write(clips, outs, args, progress):
-  """Writes one image's clips (label, [T, S, S, 3]), then their grid."""
+  """Writes one image's clips (label, [T, S, S, 3]), then their grid.
+
+  Returns the clips as written, [T, S, S, 3] each.
+  """
   kept = []
   for label, clip in clips:
     if args.boomerang:
@@ -269,14 +293,27 @@ def _write(clips, outs, args, progress):
       path = f'{os.path.splitext(outs[label].rstrip("/"))[0]}_strip.png'
       video.write_image(path, video.strip(clip))
       tqdm.tqdm.write(path)
-    if 'grid' in outs:
-      kept.append((label, clip))
+    kept.append((label, clip))
     progress.update()
-  if kept:
+  if 'grid' in outs:
     labels, clips = zip(*kept)
     grid = video.grid_with_labels(np.stack(clips), labels)
     video.write_video(outs['grid'], grid, args.fps)
     tqdm.tqdm.write(outs['grid'])
+  return [clip for _, clip in kept]
+
+
+def _write_table(clips, labels, outs, args):
+  """All subjects (rows) by all labels (columns): a grid and its last frames."""
+  rows = len(clips) // len(labels)
+  names = [*labels, *[' '] * (len(clips) - len(labels))]
+  grid = video.grid_with_labels(np.stack(clips), names, columns=len(labels))
+  video.write_video(outs['grid'], grid, args.fps)
+  tqdm.tqdm.write(f"{outs['grid']} ({rows} faces by {len(labels)} labels)")
+  path = f'{os.path.splitext(outs["grid"].rstrip("/"))[0]}.png'
+  apex = len(clips[0]) // 2 if args.boomerang else -1
+  video.write_image(path, grid[apex])
+  tqdm.tqdm.write(path)
 
 
 def _report(num_videos, num_frames, batch_size, seconds):

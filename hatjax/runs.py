@@ -143,6 +143,23 @@ class Run:
       parts.append(self._decode(self.state, context, part, rng))
     return np.concatenate(jax.device_get(parts), 1)
 
+  def neutral_faces(self, split, limit=None, directory=None):
+    """First frames of the training records, one per subject of a split.
+
+    Args:
+      split: a named split of the records the run was trained on.
+      limit: at most this many.
+      directory: where the records live; see `data.data_dir`.
+
+    Returns:
+      {subject: uint8 [S, S, 3]}.
+    """
+    block = dict(self.config[self.config['stages'][-1]]['data'])
+    batches = data.make_batches(
+      **{**block, 'split': split, 'directory': directory}
+    )
+    return batches.neutral_faces(limit)
+
   def _label_ids(self, labels, count):
     if not self.labels:
       return np.zeros(count, np.int32)

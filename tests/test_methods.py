@@ -310,7 +310,9 @@ def test_image_losses_stop_at_alpha_and_the_alpha_loss_reaches_encoders(
 
 
 def test_generator_loss_is_the_weighted_sum_of_its_parts(stage, batch):
-  method = make(stage, lambda_recon=3.0, gan_loss='least_squares')
+  method = make(
+    stage, lambda_recon=3.0, lambda_alpha=7.0, gan_loss='least_squares'
+  )
   state = perturbed(method.init(jax.random.key(0), batch))
   out = method._forward(
     state.params['generator'], batch, jax.random.key(1)
@@ -319,7 +321,7 @@ def test_generator_loss_is_the_weighted_sum_of_its_parts(stage, batch):
   k = batch['video'].shape[1] - 1
   expected = (
     m['loss/gan'] + m['loss/patch'] + 100 * m['loss/l1']
-    + 3 * m['loss/recon'] + m['loss/code'] + 100 / k * m['loss/alpha']
+    + 3 * m['loss/recon'] + 5 * m['loss/code'] + 7 / k * m['loss/alpha']
   )
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   scores = method._scores(

@@ -316,6 +316,29 @@ def test_a_folder_that_is_no_run_says_so(tmp_path):
     runs.load(tmp_path)
 
 
+def test_generate_shows_the_subjects_of_a_split(
+  run_folder, toy_records, tmp_path
+):
+  code = generate.main([
+    '--workdir', str(run_folder), '--split', 'everything', '--num_images',
+    '3', '--data_dir', str(toy_records), '--out', f'{tmp_path}/frames/',
+    '--num_frames', '4',
+  ])
+  assert code == 0
+  run = runs.load(run_folder)
+  faces = run.neutral_faces('everything', 3, toy_records)
+  assert list(faces) == [f'happy/vid_000{n}' for n in range(3)]
+  grid, _ = video.read_video(tmp_path / 'frames' / 'all_grid')
+  assert len(grid) == 4
+  last = video.read_image(tmp_path / 'frames' / 'all_grid.png')
+  np.testing.assert_array_equal(last, grid[-1])
+  # The first subject's first cell stands under its caption.
+  clip = run.animate(faces['happy/vid_0000'], 'happy', num_frames=4)[0]
+  height = (grid.shape[1] - 2 * 2) // 3 - 16  # two gaps of 2 pixels
+  cell = grid[:, height : height + 16, :16].astype(int)
+  assert np.abs(cell - clip).max() <= 1
+
+
 def test_generate_writes_the_frames_of_animate(run_folder, tmp_path):
   image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
   video.write_image(tmp_path / 'face.png', image)

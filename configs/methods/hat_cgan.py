@@ -105,10 +105,10 @@ def _model(preset, image_size):
     alpha_noise=True,             # infer alpha from noised codes
     lambda_gan=1.0,
     lambda_patch=1.0,
-    lambda_alpha=100.0,           # over K, as the released code has it
+    lambda_alpha=1.0,             # over K, as the released code has it
     lambda_l1=100.0,
     lambda_recon=0.0,
-    lambda_code=1.0,              # straightens the hidden path
+    lambda_code=5.0,              # straightens the hidden path
     adversarial_warmup=0,         # steps
     patch_crop=0,                 # side of a cut around the lips; 0: none
     generator_steps=1,            # K_g and K_d of HAT-cGAN-DIFF's Algorithm 1
@@ -126,7 +126,7 @@ def _model(preset, image_size):
     model |= dict(
       width=64, discriminator_width=64, head='direct', num_parts=1,
       alpha_rule='reference', alpha_clip=None, lambda_l1=10.0,
-      lambda_recon=10.0, lambda_code=0.0, ema_decay=0.0,
+      lambda_recon=10.0, lambda_code=0.0, lambda_alpha=100.0, ema_decay=0.0,
     )
   if preset == 'reference':
     model |= dict(affine='latent', num_labels=0, lambda_l1=100.0)
