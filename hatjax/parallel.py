@@ -2,7 +2,6 @@
 devices."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 
@@ -33,6 +32,19 @@ def enable_compilation_cache():
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+def join_processes():
+  """Connects this process to the others of a run; before any device is used."""
+  get = os.environ.get
+  if get('JAX_COORDINATOR_ADDRESS'):
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(
+      get('JAX_COORDINATOR_ADDRESS'), int(get('JAX_NUM_PROCESSES', '1')),
+      int(get('JAX_PROCESS_ID', '0')),
+    )
+  else:
+    jax.distributed.initialize()
+
+
 class Runner:
   """Initializes, steps and moves the state of a method over the devices.
 
@@ -56,6 +68,8 @@ class Runner:
         f'config.parallel is {mode!r}. Choose one of: {", ".join(MODES)}.'
       )
     self.devices = list(devices or jax.devices())
+    if mode == 'pmap' and jax.process_count() > 1:
+      raise ValueError('config.parallel: several processes need jit.')
     if dispatch == 'auto':
       dispatch = 'loop' if self.devices[0].platform == 'cpu' else 'scan'
     self.mode, self.dispatch = mode, dispatch
@@ -75,9 +89,22 @@ class Runner:
         donate_argnums=0,
       )
     else:
-      self._resident = jax.device_put(resident, self._replicated)
+      self._resident = self._global(resident, PartitionSpec())
+      if jax.process_count() == 1:
+        self._resident = jax.device_put(resident, self._replicated)
       self._step = self._jit(self._one, PartitionSpec(AXIS))
       self._scan = self._jit(self._several, PartitionSpec(None, AXIS))
+
+  def _global(self, batch, spec):
+    """Host arrays, equal in every process -> arrays over all devices."""
+    if jax.process_count() == 1:
+      return batch
+    sharding = NamedSharding(self._mesh, spec)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_callback(
+        np.shape(x), sharding, lambda index: np.asarray(x)[index]
+      ), batch,
+    )
 
   def _jit(self, function, batch_spec):
     r = self._replicated
@@ -153,10 +180,13 @@ class Runner:
     """
     if self.mode == 'jit' and self.dispatch == 'scan' and len(batches) > 1:
       stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+      stacked = self._global(stacked, PartitionSpec(None, AXIS))
       return self._scan(state, stacked, self._resident, rng)
     for batch in batches:
       if self.mode == 'pmap':
         batch = jax.tree.map(self._shard, batch)
+      else:
+        batch = self._global(batch, PartitionSpec(AXIS))
       state, metrics = self._step(state, batch, self._resident, rng)
     if self.mode == 'pmap':
       metrics = jax.tree.map(lambda m: m[0], metrics)
@@ -167,7 +197,16 @@ class Runner:
     return x.reshape(n, len(x) // n, *x.shape[1:])
 
 
-@functools.partial(jax.jit)
+def any_process(flag):
+  """Whether the flag is up in any process; a meeting point for all."""
+  if jax.process_count() == 1:
+    return flag
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+@jax.jit
 def all_finite(tree):
   """Whether every float in the tree is finite."""
   leaves = [

@@ -29,6 +29,14 @@ _DATA_DIR = flags.DEFINE_string(
 )
 
 
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False,
+  'Several processes: calls jax.distributed.initialize() first, which finds '
+  'Slurm and Cloud TPU by itself, else reads JAX_COORDINATOR_ADDRESS, '
+  'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
+)
+
+
 class Interrupted(Exception):
   """SIGTERM or Ctrl-C came; the state is saved."""
 
@@ -200,6 +208,10 @@ def _train_stage(stage, root):
       state, metrics = stage.runner.step(state, batches, root)
       bar.update(step - before)
       stop = signals.name is not None
+      if jax.process_count() > 1:  # Asked seldom: all wait for the slowest.
+        stop = stage.due('log_every', before, step) and (
+          parallel.any_process(stop)
+        )
       if stop or stage.due('log_every', before, step):
         metrics = stage.check(step, state, metrics)
         speed = clock.lap(step) * frames
@@ -212,8 +224,8 @@ def _train_stage(stage, root):
       if stop:
         stage.run.wait()
         raise Interrupted(
-          f'{signals.name}: saved {stage.run.folder} at step {step}. Run the '
-          'same command again to go on.'
+          f'{signals.name or "Another process"}: saved {stage.run.folder} at '
+          f'step {step}. Run the same command again to go on.'
         )
   stage.run.wait()
   return stage.runner.fetch(state)
@@ -223,6 +235,7 @@ def _progress_bar(stage, step):
   return tqdm.tqdm(
     total=stage.settings['num_steps'], initial=step, unit='step',
     desc=stage.run.folder.name, dynamic_ncols=True, file=sys.stdout,
+    disable=jax.process_index() > 0,
   )
 
 
@@ -253,6 +266,8 @@ def main(argv):
   # Orbax tells of every file, and of errors that are raised here as well.
   logging.set_verbosity(logging.FATAL)
   parallel.enable_compilation_cache()
+  if _DISTRIBUTED.value:
+    parallel.join_processes()
   folder = _WORKDIR.value or config_flag.default_workdir()
   try:
     train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)

@@ -99,6 +99,9 @@ def open_workdir(workdir, config):
     ValueError: not writable, held by another process, or another config.
   """
   workdir = pathlib.Path(workdir)
+  if jax.process_index():  # The first process holds the lock for all.
+    yield workdir
+    return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = open(workdir / '.lock', 'w')
@@ -141,6 +144,8 @@ class Run:
 
   def __init__(self, folder, keep=3, read_only=False):
     self.folder = pathlib.Path(folder)
+    # Checkpoints are everybody's work, the logs the first process's.
+    self._writes_logs = jax.process_index() == 0
     self._board = self._saving = None
     if read_only and not (self.folder / 'checkpoints').is_dir():
       raise ValueError(
@@ -282,13 +287,15 @@ class Run:
   def forget_after(self, step):
     """Drops log lines after `step`, which a resumed run writes again."""
     path = self.folder / 'metrics.jsonl'
-    if path.exists():
+    if path.exists() and self._writes_logs:
       rows = [row for row in self.history() if row['step'] <= step]
       text = ''.join(json.dumps(row) + '\n' for row in rows)
       _write_atomically(path, text)
 
   def log(self, step, scalars):
     """Appends host scalars to metrics.jsonl and TensorBoard."""
+    if not self._writes_logs:
+      return
     row = {'step': step} | {k: float(v) for k, v in scalars.items()}
     with open(self.folder / 'metrics.jsonl', 'a') as file:
       file.write(json.dumps(row) + '\n')
@@ -313,6 +320,8 @@ class Run:
       clips: list of (real, fake), both uint8 [T, H, W, 3].
       fps: of the mp4.
     """
+    if not self._writes_logs:
+      return
     rows = [video.strip(x) for pair in clips for x in pair]
     strip = video.stack_rows(rows)
     path = self.folder / 'samples' / f'{step:08d}'
@@ -332,7 +341,7 @@ class Run:
     groups = {}
     for name in names:
       groups.setdefault(_panel(name), []).append(name)
-    if not groups:
+    if not groups or not self._writes_logs:
       return
     from matplotlib import figure  # Slow to import.
 
