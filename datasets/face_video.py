@@ -160,8 +160,9 @@ def features(labels):
 
 
 def config_name(options):
-  """The folder name of options: face-256, none-native, ..."""
-  return f'{options["crop"]}-{options["image_size"] or "native"}'
+  """The folder name of options: face-256, none-native, face-256-farthest."""
+  size, half = options['image_size'] or 'native', options.get('half', 'first')
+  return f'{options["crop"]}-{size}-{half}'.removesuffix('-first')
 
 
 def build(builder_cls, scan, options, raw_digest, data_dir):
@@ -429,7 +430,7 @@ def make_splits(clips):
   faces, in no other split.
   """
   moving = sorted(name for name, clip in clips.items() if not clip['still'])
-  subjects = _shuffled({clips[name]['subject'] for name in moving})
+  subjects = shuffled({clips[name]['subject'] for name in moving})
   n = len(subjects)
   # With few subjects every split gets one before train gets a second.
   num_test = max(round(TEST_PART * n), 1) if n > 1 else 0
@@ -442,7 +443,7 @@ def make_splits(clips):
   held_out = round(TEST_PART * len(moving)) if few else BY_VIDEO_TEST
   if len(moving) > 1:
     held_out = max(held_out, 1)
-  by_video = _shuffled(moving)
+  by_video = shuffled(moving)
   return {
     'train': of(train),
     'val': of(val),
@@ -454,7 +455,7 @@ def make_splits(clips):
   }
 
 
-def _shuffled(names):
+def shuffled(names):
   """An order that depends on the names and SEED alone, nothing else."""
   return sorted(names, key=lambda name: (_hash(f'{SEED}:{name}'), name))
 

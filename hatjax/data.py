@@ -173,12 +173,13 @@ def _record_folder(name, root):
   if versions:
     return versions[-1]
   builder, _, options = name.partition('/')
-  crop, _, size = options.partition('-')
+  crop, size, half, *_ = (*options.split('-'), '', '')
   size = {'native': '0'}.get(size, size) or '<side>'
+  half = f' --half {half}' if half else ''
   raise ValueError(
     f'No records for {name} in {root}. Build them: python -m hatjax.prepare '
-    f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size} '
-    f'--data_dir {root}'
+    f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'
+    f'{half} --data_dir {root}'
   )
 
 

@@ -72,6 +72,11 @@ def _parse(argv):
     "clip's id, the first group is the person",
   )
   add(
+    '--half', choices=('first', 'farthest', 'none'),
+    help='mug, whose takes return to neutral: keep the first half of each '
+    '(default), all up to the frame farthest from neutral, or cut none',
+  )
+  add(
     '--strict', action='store_true',
     help='write nothing and exit 1 if any file had to be skipped',
   )
@@ -128,16 +133,22 @@ def _prepare(args):
 
   logging.set_verbosity(logging.ERROR)  # TFDS tells of its own doings
   module, cls, face_video = load_builder(args.name)
+  own = {}
+  if hasattr(module, 'HALVES'):
+    own['half'] = args.half or module.HALVES[0]
+  elif args.half:
+    raise ValueError(f'--half is for mug: leave it out with {args.name}.')
   options = {
     'crop': args.crop,
     'image_size': args.image_size,
     'subjects': args.subjects,
+    **own,
   }
   data_dir = data.data_dir(args.data_dir).absolute()
   config = face_video.config_name(options)
   target = data_dir / cls.name / config / str(cls.VERSION)
   print(f'checking {raw}', file=sys.stderr)
-  scan = module.scan(raw, args.subjects)
+  scan = module.scan(raw, args.subjects, **own)
   raw_digest = face_video.digest(scan)
   metadata = _stored_metadata(target)
   title = f'{cls.name}/{config}:{cls.VERSION} in {target}'

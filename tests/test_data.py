@@ -138,6 +138,7 @@ def test_labels_filter_by_alias(toy_records):
 @pytest.mark.parametrize('changes, message', [
   (dict(split='trian'), 'Choose one of: .*everything'),
   (dict(name='frame_folders/face-99'), 'hatjax.prepare frame_folders'),
+  (dict(name='mug/face-256-none'), 'image_size 256 --half none --data_dir'),
   (dict(resident=True), 'auto, yes, no'),
   (dict(resize='nearest'), 'auto, cubic, area'),
   (dict(load_size=8), 'load_size 8 is smaller'),

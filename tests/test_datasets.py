@@ -440,12 +440,12 @@ def test_wrong_folder(folders, tmp_path, capsys, name, part, message):
 
 
 def test_wrong_settings(folders, ck, tmp_path, capsys):
-  for options in (['mug'], ['ck_plus', '--image_size', '7']):
+  for options in (['gum'], ['ck_plus', '--image_size', '7']):
     with pytest.raises(SystemExit) as exit_info:
       prepare.main([*options, '--raw', str(folders)])
     assert exit_info.value.code == 2
   err = capsys.readouterr().err
-  assert "unknown NAME 'mug'. Choose one of: ck_plus, frame_folders" in err
+  assert "unknown NAME 'gum'. Choose one of: ck_plus, frame_folders" in err
   assert '--image_size is 7' in err
   assert run('ck_plus', ck, tmp_path / 'd', '--subjects', 'S') == 1
   assert run('frame_folders', folders, tmp_path / 'd', '--subjects', '(') == 1
