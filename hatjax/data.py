@@ -347,14 +347,7 @@ class Batches:
 
   def example(self):
     """A batch of zeros with the shapes that `prepare` returns."""
-    shape = (self.batch_size, 1 + self.num_frames, *(self.image_size,) * 2)
-    return {
-      'video': np.zeros((*shape, 3), np.float32),
-      'lip_mask': np.zeros((*shape, 1), np.float32),
-      'time': np.zeros(shape[:2], np.float32),
-      'label': np.zeros(shape[:1], np.int32),
-      'subject': np.zeros(shape[:1], np.int32),
-    }
+    return example_batch(self.image_size, self.batch_size, self.num_frames)
 
   def neutral_faces(self, limit=None):
     """{subject: first frame uint8 [S, S, 3]}, the first clip of each."""
@@ -379,6 +372,18 @@ class Batches:
       video, _ = self.records.read(clip, range(clip.num_frames))
       video = np.stack([self._fit(f, self.image_size) for f in video])
       yield {'id': clip.id, 'label': clip.label, 'video': video}
+
+
+def example_batch(image_size, batch_size, num_frames):
+  """A batch of zeros in the shapes that a method's step reads."""
+  shape = (batch_size, 1 + num_frames, image_size, image_size)
+  return {
+    'video': np.zeros((*shape, 3), np.float32),
+    'lip_mask': np.zeros((*shape, 1), np.float32),
+    'time': np.zeros(shape[:2], np.float32),
+    'label': np.zeros(shape[:1], np.int32),
+    'subject': np.zeros(shape[:1], np.int32),
+  }
 
 
 def make_batches(

@@ -28,15 +28,9 @@ def make_method(stage, info, image_size, steps_per_epoch=1):
 def example_batch(stage):
   """Zeros in the shapes of a stage's training batch."""
   block = stage['data']
-  size = block['image_size']
-  shape = (block.get('batch_size', 1), 1 + block.get('num_frames', 5))
-  return {
-    'video': np.zeros((*shape, size, size, 3), np.float32),
-    'lip_mask': np.zeros((*shape, size, size, 1), np.float32),
-    'time': np.zeros(shape, np.float32),
-    'label': np.zeros(shape[:1], np.int32),
-    'subject': np.zeros(shape[:1], np.int32),
-  }
+  return data.example_batch(
+    block['image_size'], block['batch_size'], block['num_frames']
+  )
 
 
 def load(folder, step=None):

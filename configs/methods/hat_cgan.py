@@ -113,7 +113,7 @@ def _model(preset, image_size):
     patch_crop=0,                 # side of a cut around the lips; 0: none
     generator_steps=1,            # K_g and K_d of HAT-cGAN-DIFF's Algorithm 1
     discriminator_steps=1,
-    ema_decay=0.99,               # of the generator; 0: none
+    ema_decay=0.999,              # of the generator, warmed up; 0: none
     remat=False,                  # less memory, a third more work
     dtype='float32',              # of the computation; or bfloat16
   )
