@@ -193,6 +193,7 @@ class Batches:
   load_size: int
   batch_size: int
   num_frames: int
+  include_last: bool
   seed: int
   pad: int
   crop_offsets: int
@@ -218,6 +219,8 @@ class Batches:
     """The neutral frame and K later ones, drawn with replacement."""
     n = self.clips[position].num_frames
     later = rng.integers(1, n, self.num_frames)
+    if self.include_last:
+      later[-1] = n - 1
     frames = np.concatenate([[0], later]).astype(np.int32)
     return {'clip': np.int32(position), 'frames': frames}
 
@@ -387,7 +390,8 @@ def example_batch(image_size, batch_size, num_frames):
 
 
 def make_batches(
-  name, split='train', image_size=256, batch_size=1, num_frames=5, seed=0,
+  name, split='train', image_size=256, batch_size=1, num_frames=5,
+  include_last=False, seed=0,
   load_size=0, pad=0, crop_offsets=0, flip=0.5, jitter=0.0,
   resize='auto', resident='auto', labels=(), directory=None,
 ):
@@ -398,7 +402,8 @@ def make_batches(
     split: a named split of them.
     image_size: side of what the method sees.
     batch_size: clips per step, over all devices.
-    num_frames: K frames per clip besides the neutral one.
+    num_frames: K frames per clip besides the neutral one, at random.
+    include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for
       image_size.
@@ -449,6 +454,6 @@ def make_batches(
   return Batches(
     records=records, clips=tuple(clips), image_size=image_size,
     load_size=load_size, batch_size=batch_size, num_frames=num_frames,
-    seed=seed, pad=pad, crop_offsets=crop_offsets, flip=flip, jitter=jitter,
-    resize=resize, resident=resident == 'yes',
+    include_last=include_last, seed=seed, pad=pad, crop_offsets=crop_offsets,
+    flip=flip, jitter=jitter, resize=resize, resident=resident == 'yes',
   )

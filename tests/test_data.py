@@ -58,6 +58,16 @@ def test_batch_holds_what_the_records_say(toy_records):
     )
 
 
+def test_the_apex_can_be_in_every_batch(toy_records):
+  stream = batches(toy_records, include_last=True).iterate()
+  times = np.concatenate([b['time'] for b in take(stream, 10)])
+  np.testing.assert_array_equal(times[:, -1], 1)
+  assert len(np.unique(times[:, 1:-1])) > 3
+  without = batches(toy_records).iterate()
+  times = np.concatenate([b['time'] for b in take(without, 10)])
+  assert (times[:, -1] < 1).any()
+
+
 def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
   stream = batches(toy_records, resident='no', batch_size=8).iterate()
   epochs = [list(next(stream)['subject']) for _ in range(4)]

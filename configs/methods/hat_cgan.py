@@ -43,6 +43,7 @@ def get_stage(preset, image_size, data):
     image_size=image_size,
     batch_size=1,                 # clips
     num_frames=12,                # K, besides the neutral one
+    include_last=True,            # the K-th is the apex: alpha's yardstick
     load_size=0,                  # side before the random crop; 0: image_size
     pad=0,                        # edge pixels added before the crop
     crop_offsets=0,               # crop positions per axis; 0: all
@@ -66,7 +67,7 @@ def get_stage(preset, image_size, data):
   if preset in ('paper', 'reference'):
     size = image_size
     stage.data.update(
-      num_frames=5, load_size=size * 286 // 256,
+      num_frames=5, include_last=False, load_size=size * 286 // 256,
     )
     stage.train.num_steps = 200_000
   if preset == 'reference':
