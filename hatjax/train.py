@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from hatjax import config_flag, data, parallel, runs, workdir
+from hatjax import config_flag, data, parallel, prepare, runs, workdir
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
@@ -84,6 +84,7 @@ def train(config, folder, data_dir=None):
   parts = []
   for name in config['stages']:
     block = config[name]
+    prepare.ensure_synthetic(block['data'].get('name', ''), data_dir)
     batches = _call(
       data.make_batches, f'{name}.data', seed=config['seed'],
       directory=data_dir, **block['data'],
