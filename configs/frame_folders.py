@@ -38,7 +38,7 @@ def get_config(arg=''):
   for name in config.stages:
     train = config[name].train
     train.update(
-      num_steps=800, log_every=20, ckpt_every=100, sample_every=100,
+      num_steps=500, log_every=20, ckpt_every=100, sample_every=100,
       val_split='everything', val_clips=6,
     )
   return config

@@ -17,6 +17,7 @@ def get_config(arg=''):
   for name in config.stages:
     stage = config[name]
     if stage.data.image_size <= 64:
+      stage.data.update(batch_size=3, num_frames=4)  # many faces a step
       stage.train.update(num_steps=2000, ckpt_every=200, sample_every=200)
     else:
       stage.data.update(batch_size=16, num_frames=5)

@@ -2,6 +2,7 @@
 
   python -m hatjax.prepare frame_folders --raw DIR
   python -m hatjax.prepare ck_plus --raw DIR --crop none --image_size 286
+  python -m hatjax.prepare synthetic
 
 The table goes to stdout; progress, skipped files and errors go to stderr. The
 records take their place only when they are whole: until then, and after any
@@ -24,6 +25,11 @@ PACKAGE = 'hatjax._datasets'
 SHARED = 'face_video'  # the module of the folder that is no builder
 TEMPORARY = '.hatjax-prepare-'
 MAX_IMAGE_SIZE = 4096
+MADE_OPTIONS = {
+  'num_identities': 'how many people (default: 64)',
+  'num_frames': 'of each of their 6 clips (default: 32)',
+  'seed': 'who they are (default: 0)',
+}
 SAME_REASON = 10  # skipped files listed one by one, of those with one reason
 
 
@@ -50,21 +56,22 @@ def _parse(argv):
   )
   add = parser.add_argument
   add('name', metavar='NAME', help='the data set, one of those below')
-  add('--raw', required=True, metavar='DIR', help='folder of the raw data')
+  add('--raw', metavar='DIR',
+      help='folder of the raw data; synthetic has none')
   add(
     '--data_dir', metavar='DIR',
     help='where records go (default: $TFDS_DATA_DIR, else '
     '~/tensorflow_datasets)',
   )
   add(
-    '--image_size', type=int, default=256, metavar='N',
+    '--image_size', type=int, metavar='N',
     help='side of the stored squares in pixels, 0 for no resizing '
-    '(default: %(default)s)',
+    '(default: 256; synthetic 128)',
   )
   add(
-    '--crop', choices=('face', 'none'), default='face',
+    '--crop', choices=('face', 'none'),
     help='face: one square around the head per clip; none: whole frames, '
-    'squeezed to a square if resized (default: %(default)s)',
+    'squeezed to a square if resized (default: face)',
   )
   add(
     '--subjects', metavar='REGEX',
@@ -76,6 +83,9 @@ def _parse(argv):
     help='mug, whose takes return to neutral: keep the first half of each '
     '(default), all up to the frame farthest from neutral, or cut none',
   )
+  for name, what in MADE_OPTIONS.items():
+    add(f'--{name}', type=int, metavar='N', help=f'synthetic: {what}')
+  add('--grey', action='store_true', default=None, help='synthetic: no colour')
   add(
     '--strict', action='store_true',
     help='write nothing and exit 1 if any file had to be skipped',
@@ -85,7 +95,7 @@ def _parse(argv):
   if args.name not in names:
     parser.error(f'unknown NAME {args.name!r}. Choose one of: '
                  f'{", ".join(names)}.')
-  if args.image_size not in (0, *range(16, MAX_IMAGE_SIZE + 1)):
+  if args.image_size not in (None, 0, *range(16, MAX_IMAGE_SIZE + 1)):
     parser.error(f'--image_size is {args.image_size}. Use 0, or 16 to '
                  f'{MAX_IMAGE_SIZE}.')
   return args
@@ -122,34 +132,54 @@ def _datasets_folder():
   return inside if inside.is_dir() else here.parent / 'datasets'
 
 
-def _prepare(args):
-  raw = pathlib.Path(args.raw).expanduser().resolve()
-  if not raw.is_dir():
-    raise ValueError(f'--raw {args.raw} is no folder. Pass the raw data.')
-  # Late, so that --help and misspelt arguments answer at once.
-  from absl import logging
+def ensure_synthetic(name, directory=None):
+  """Makes records of synthetic faces where there are none of that name.
 
+  Args:
+    name: of records, such as 'synthetic/default'; others are left alone.
+    directory: where records live; see `data.data_dir`.
+
+  Returns:
+    Whether records were made.
+  """
+  builder, _, config = name.partition(':')[0].partition('/')
+  if builder != 'synthetic':
+    return False
   from hatjax import data
 
+  module, cls, face_video = load_builder(builder)
+  options = module.options_of(config)
+  root = data.data_dir(directory).absolute()
+  target = root / builder / config / str(cls.VERSION)
+  if (target / 'dataset_info.json').is_file():
+    return False
+  print(f'Making the synthetic faces (once, about {module.seconds(options):.0f}'
+        f' s) in {target}', file=sys.stderr, flush=True)
+  _quiet_tfds()
+  scan, version = module.scan(options), module.digest()
+  _build(
+    lambda folder: face_video.build(cls, scan, options, version, folder),
+    root, target, scan, strict=False,
+  )
+  return True
+
+
+def _quiet_tfds():
+  from absl import logging
+
   logging.set_verbosity(logging.ERROR)  # TFDS tells of its own doings
+
+
+def _prepare(args):
+  # Late, so that --help and misspelt arguments answer at once.
+  from hatjax import data
+
   module, cls, face_video = load_builder(args.name)
-  own = {}
-  if hasattr(module, 'HALVES'):
-    own['half'] = args.half or module.HALVES[0]
-  elif args.half:
-    raise ValueError(f'--half is for mug: leave it out with {args.name}.')
-  options = {
-    'crop': args.crop,
-    'image_size': args.image_size,
-    'subjects': args.subjects,
-    **own,
-  }
+  plan = _plan_made if hasattr(module, 'OPTIONS') else _plan_read
+  options, config, scan, raw_digest = plan(args, module, face_video)
+  _quiet_tfds()
   data_dir = data.data_dir(args.data_dir).absolute()
-  config = face_video.config_name(options)
   target = data_dir / cls.name / config / str(cls.VERSION)
-  print(f'checking {raw}', file=sys.stderr)
-  scan = module.scan(raw, args.subjects, **own)
-  raw_digest = face_video.digest(scan)
   metadata = _stored_metadata(target)
   title = f'{cls.name}/{config}:{cls.VERSION} in {target}'
   known = (metadata.get('raw_digest'), metadata.get('options'))
@@ -166,6 +196,45 @@ def _prepare(args):
     print(title)
   print_report(metadata)
   return _judge(metadata['report']['skipped'], args.strict)
+
+
+def _plan_made(args, module, _):
+  """(options, name of the records, scan, digest) of a set that is drawn."""
+  for name in ('raw', 'crop', 'subjects', 'half'):
+    if getattr(args, name) is not None:
+      raise ValueError(f'--{name} is for data that are read: leave it out '
+                       f'with {args.name}.')
+  given = {name: getattr(args, name) for name in module.OPTIONS}
+  options = module.complete({k: v for k, v in given.items() if v is not None})
+  return options, module.config_name(options), module.scan(options), (
+    module.digest())
+
+
+def _plan_read(args, module, face_video):
+  """(options, name of the records, scan, digest) of a set in a raw folder."""
+  for name in (*MADE_OPTIONS, 'grey'):
+    if getattr(args, name) is not None:
+      raise ValueError(f'--{name} is for synthetic: leave it out with '
+                       f'{args.name}.')
+  if args.raw is None:
+    raise ValueError(f'{args.name} is read from a folder. Pass it: --raw DIR')
+  raw = pathlib.Path(args.raw).expanduser().resolve()
+  if not raw.is_dir():
+    raise ValueError(f'--raw {args.raw} is no folder. Pass the raw data.')
+  own = {}
+  if hasattr(module, 'HALVES'):
+    own['half'] = args.half or module.HALVES[0]
+  elif args.half:
+    raise ValueError(f'--half is for mug: leave it out with {args.name}.')
+  options = {
+    'crop': args.crop or 'face',
+    'image_size': 256 if args.image_size is None else args.image_size,
+    'subjects': args.subjects,
+    **own,
+  }
+  print(f'checking {raw}', file=sys.stderr)
+  scan = module.scan(raw, args.subjects, **own)
+  return options, face_video.config_name(options), scan, face_video.digest(scan)
 
 
 def _stored_metadata(target):
