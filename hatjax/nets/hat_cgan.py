@@ -255,7 +255,12 @@ class Generator(nn.Module):
     self.base_encoder = make_encoder(**common)
     self.residual_encoder = make_encoder(**common)
     if self.num_labels:
-      self.embed = nn.Embed(self.num_labels, self.embedding_dim)
+      # Unit variance: labels part ways early, though what reads them starts
+      # at zero.
+      self.embed = nn.Embed(
+        self.num_labels, self.embedding_dim,
+        embedding_init=nn.initializers.normal(1.0),
+      )
     if self.affine != 'latent':
       self.regressor = AffineRegressor(self.num_parts, dtype=self.dtype)
     if self.noise_dim:
