@@ -207,6 +207,11 @@ class Batches:
     """Names of the labels."""
     return self.records.labels
 
+  def trained_labels(self):
+    """Names of the labels that have a clip here."""
+    seen = {clip.label for clip in self.clips}
+    return [name for n, name in enumerate(self.labels) if n in seen]
+
   def _picks(self):
     """Practically endless grain data set of (clip, frames) choices."""
     epochs = 2**40 // len(self.clips)  # repeat() alone overflows in slices

@@ -73,7 +73,7 @@ class Run:
 
   Attributes:
     config: the dict in its config.json.
-    labels: known labels, () if the method reads none.
+    labels: labels it was trained on, () if the method reads none.
     image_size: side of what it makes, pixels.
     crop: 'face' or 'none': how its training records were cropped.
     step: of the checkpoint.
@@ -85,7 +85,9 @@ class Run:
     self.image_size = method.image_size
     self.step = int(state.step)
     reads_label = 'label' in method.reads
-    self.labels = tuple(config['info']['labels']) if reads_label else ()
+    self.labels = (
+      tuple(config['info']['trained_labels']) if reads_label else ()
+    )
 
   def match_label(self, text):
     """The known label that `text` means; ValueError listing the known."""
@@ -162,8 +164,10 @@ class Run:
     labels = [labels] * count if isinstance(labels, str) else list(labels)
     if len(labels) != count:
       raise ValueError(f'{count} images but {len(labels)} labels.')
-    known = [self.labels.index(self.match_label(x)) for x in labels]
-    return np.array(known, np.int32)
+    numbers = self.config['info']['labels']
+    return np.array(
+      [numbers.index(self.match_label(x)) for x in labels], np.int32
+    )
 
   @functools.cached_property
   def _encode(self):

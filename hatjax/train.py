@@ -123,6 +123,7 @@ def describe(batches):
   metadata = batches.records.metadata
   return {
     'labels': list(batches.labels),
+    'trained_labels': batches.trained_labels(),
     'crop': metadata['options']['crop'],
     'fingerprint': metadata['fingerprint'],
   }

@@ -141,6 +141,8 @@ def test_colour_jitter_keeps_the_range_and_serves_the_whole_clip(toy_records):
 def test_labels_filter_by_alias(toy_records):
   only = batches(toy_records, labels=('joy',))
   assert [c.id.split('/')[0] for c in only.clips] == ['happy'] * 4
+  assert only.labels == ('happy', 'surprise')
+  assert only.trained_labels() == ['happy']
   with pytest.raises(ValueError, match="'angst'. Known: happy, surprise"):
     batches(toy_records, labels=('angst',))
 
