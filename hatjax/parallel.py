@@ -192,6 +192,14 @@ class Runner:
       metrics = jax.tree.map(lambda m: m[0], metrics)
     return state, metrics
 
+  def lower(self, state, batch, rng):
+    """One step on a host batch, lowered: `.compile()` tells what it costs."""
+    if self.mode == 'pmap':
+      batch = jax.tree.map(self._shard, batch)
+    else:
+      batch = self._global(batch, PartitionSpec(AXIS))
+    return self._step.lower(state, batch, self._resident, rng)
+
   def _shard(self, x):
     n = len(self.devices)
     return x.reshape(n, len(x) // n, *x.shape[1:])

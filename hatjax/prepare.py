@@ -151,12 +151,16 @@ def ensure_synthetic(name, directory=None):
   options = module.options_of(config)
   root = data.data_dir(directory).absolute()
   target = root / builder / config / str(cls.VERSION)
-  if (target / 'dataset_info.json').is_file():
+  scan, version = module.scan(options), module.digest()
+  stored = _stored_metadata(target)
+  if stored:
+    if stored.get('raw_digest') != version:
+      print(f'note: {target} was drawn by other code than this. To draw it '
+            'again: python -m hatjax.prepare synthetic', file=sys.stderr)
     return False
   print(f'Making the synthetic faces (once, about {module.seconds(options):.0f}'
         f' s) in {target}', file=sys.stderr, flush=True)
   _quiet_tfds()
-  scan, version = module.scan(options), module.digest()
   _build(
     lambda folder: face_video.build(cls, scan, options, version, folder),
     root, target, scan, strict=False,

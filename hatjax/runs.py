@@ -188,7 +188,7 @@ class Run:
   def _whole(self):
     def whole(state, images, label, rng, num_frames):
       inputs = {'image': video.to_float(images), 'label': label}
-      inputs = {key: inputs[key] for key in self.method.reads}
+      inputs = {k: inputs[k] for k in self.method.reads if k in inputs}
       return video.to_uint8(
         self.method.animate(state, inputs, rng, num_frames)
       )
@@ -231,7 +231,7 @@ def make_scorer(method):
       'image': real[:1], 'driving': real[None],
       'label': jnp.full((1,), label, jnp.int32),
     }
-    inputs = {key: known[key] for key in method.reads}
+    inputs = {key: known[key] for key in method.reads if key in known}
     time = jnp.arange(len(clip)) / jnp.maximum(n - 1, 1)
     rng = jax.random.key(0)
     if hasattr(method, 'sweep_alpha'):

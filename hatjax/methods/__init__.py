@@ -6,9 +6,12 @@ import inspect
 from typing import Protocol
 
 from hatjax import optim
-from hatjax.methods import hat_cgan
+from hatjax.methods import hat_cgan, video_diffusion
 
-METHODS = {'hat_cgan': hat_cgan.HatCGAN}
+METHODS = {
+  'hat_cgan': hat_cgan.HatCGAN,
+  'video_diffusion': video_diffusion.VideoDiffusion,
+}
 
 
 class Method(Protocol):

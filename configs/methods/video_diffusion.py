@@ -1,0 +1,130 @@
+"""Video diffusion's numbers, as presets.
+
+default    3-D U-Net of the released code; learns v with L2 and min-SNR
+           weights, labels, stills among the clips
+paper      HAT-cGAN-DIFF as worded: convolutions over space and time, additive
+           noise (eq. 3); its unstated numbers from the authors' code
+paper_1x1  the same, down to 1x1 in space
+reference  the authors' script on the released library: cosine schedule, 300
+           levels, L1 on the noise, no label
+tiny       the smallest legal one: seconds on a CPU
+"""
+
+import ml_collections
+
+PRESETS = ('default', 'paper', 'paper_1x1', 'reference', 'tiny')
+
+
+def get_stage(preset, image_size, data):
+  """The four blocks of a stage.
+
+  Args:
+    preset: one of PRESETS.
+    image_size: side in pixels, a power of two.
+    data: what the data set says of its block, such as the name.
+
+  Returns:
+    ConfigDict with method, model, optim, data and train.
+  """
+  if preset not in PRESETS:
+    raise ValueError(
+      f'video_diffusion has no preset {preset!r}. Choose one of: '
+      f'{", ".join(PRESETS)}.'
+    )
+  stage = ml_collections.ConfigDict()
+  stage.method = 'video_diffusion'
+  stage.model = _model(preset, image_size)
+  adam = dict(lr=2e-4, b1=0.5, b2=0.999)
+  if preset == 'reference':
+    adam = dict(lr=1e-4, b1=0.9, b2=0.999)
+  if preset == 'tiny':
+    adam['lr'] = 2e-3
+  stage.optim = dict(denoiser=adam)
+  stage.data = dict(
+    image_size=image_size,
+    batch_size=1,                 # clips
+    num_frames=9,                 # besides the neutral one: clips of 10
+    load_size=0,                  # side before the random crop; 0: image_size
+    pad=0,                        # edge pixels added before the crop
+    crop_offsets=0,               # crop positions per axis; 0: all
+    flip=0.5,
+    jitter=0.0,                   # of colours
+    resize='auto',                # 'cubic': without anti-aliasing
+    resident='auto',              # frames on the device: yes, no
+    labels=(),                    # use only these
+  )
+  stage.train = dict(
+    num_steps=20_000,
+    steps_per_dispatch=10,
+    dispatch='auto',              # scan or loop over those
+    log_every=50,
+    ckpt_every=500,
+    sample_every=500,
+    keep=3,                       # checkpoints, besides the best
+    val_split='val',
+    val_clips=8,
+  )
+  if preset == 'reference':
+    stage.train.num_steps = 10_000
+  if preset == 'tiny':
+    stage.data.update(num_frames=3, batch_size=2, pad=1)
+    stage.train.update(
+      num_steps=20, log_every=5, ckpt_every=10, sample_every=10,
+      steps_per_dispatch=1,
+    )
+  stage.data.update(data)
+  return stage
+
+
+def _model(preset, image_size):
+  patch = max(1, image_size // 64)
+  model = dict(
+    image_size=image_size,
+    num_labels=-1,                # as many as the data have; 0: no label
+    mode='noise',                 # paired: also shown the draft
+    dim=64,
+    dim_mults=(1, 2, 4, 8),       # the side halves between them
+    heads=8,
+    head_dim=32,
+    norm='group',                 # or rms
+    conv='space',                 # or space_time
+    patch=patch,                  # pixels per side that become channels
+    schedule='cosine',            # linear, additive
+    num_noise_steps=300,
+    prediction='v',               # eps, x0
+    loss='l2',                    # or l1
+    min_snr_gamma=5.0,            # 0: none
+    label_dropout=0.1,            # share of clips that see the null label
+    image_fraction=0.2,           # share of clips seen as stills
+    strength=0.15,                # share of the levels a draft is noised by
+    sampler='ddim',               # or ancestral
+    num_sample_steps=64,          # from pure noise; a draft needs its share
+    guidance=1.0,                 # towards the label; 1: none
+    dynamic_threshold=0.0,        # quantile; 0: clip
+    window=10,                    # frames the net sees at a time; 0: all
+    ema_decay=0.999,
+    remat=False,                  # less memory, a third more work
+    dtype='float32',              # of the computation; or bfloat16
+  )
+  if preset in ('paper', 'paper_1x1'):
+    model |= dict(
+      # At 0.37 the noise has deviation 0.23, as the cosine's at 0.15.
+      conv='space_time', schedule='additive', prediction='eps', loss='l1',
+      min_snr_gamma=0.0, strength=0.37,
+    )
+  if preset == 'paper_1x1':
+    halvings = (image_size // patch).bit_length() - 1
+    model['dim_mults'] = tuple(min(2**i, 8) for i in range(halvings + 1))
+  if preset == 'reference':
+    model |= dict(
+      num_labels=0, prediction='eps', loss='l1', min_snr_gamma=0.0,
+      label_dropout=0.0, image_fraction=0.0, sampler='ancestral',
+      num_sample_steps=300, window=0,
+      ema_decay=0.9995,           # 0.995 every 10 steps in the released code
+    )
+  if preset == 'tiny':
+    model |= dict(
+      dim=8, dim_mults=(1, 2), heads=2, head_dim=4, num_noise_steps=20,
+      num_sample_steps=4, window=3,
+    )
+  return model

@@ -1,0 +1,498 @@
+"""Times any method on this machine: its step, its videos, or its input.
+
+  python -m hatjax.benchmark --config configs/ck_plus.py --batch_sizes 1,2,4 \\
+    --json out/benchmark.json
+
+--mode train and generate need no records: they take random pictures. --mode
+data reads the config's records and runs the training loop on them. In the JSON:
+
+  init_, trace_, compile_seconds   with an empty compilation cache
+  first_step_seconds    all of it again with a full cache, and one step
+  step_seconds          of each step, waiting for the device after every one
+  encode_, decode_seconds_median   of generation, apart, on one device
+  flops, bytes_accessed of a step over all devices, by XLA's count; rewritten
+                        convolutions count the zeros that they pad
+  share_of_peak         flops per second over those of matrix products of the
+                        same type on the same devices, in the same process
+  compiled_peak_bytes   of one device, by the compiled program
+  device_peak_bytes     of one device, the most so far; CPUs do not report it
+  waiting_share         of the training loop's time: fetching a batch while the
+                        device had nothing left to do
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+# Set before jax starts: a CPU user wants no warnings about missing GPUs.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from hatjax import config_flag, data, parallel, runs, timing, video
+from hatjax.nets import layers
+
+MODES = ('train', 'generate', 'data')
+_PIXELS = ('video', 'image', 'driving', 'draft')
+_LABELS = range(7)  # as many as CK+ has; only mode data opens the records
+_READ_AHEAD = 32  # more batches than data.iterate holds ready
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What to measure; `_define` says each in words."""
+
+  mode: str = 'train'
+  batch_sizes: tuple[int, ...] = ()
+  dtype: str = ''
+  devices: int = 0
+  lowering: str = 'auto'
+  steps: int = 20
+  warmup: int = 3
+  num_frames: int = 0
+  data_dir: str | None = None
+
+  def __post_init__(self):
+    for name, known in (('mode', MODES), ('lowering', layers.LOWERINGS)):
+      value = getattr(self, name)
+      if value not in known:
+        raise ValueError(
+          f'--{name} is {value!r}. Choose one of: {", ".join(known)}.'
+        )
+    for name, low in dict(steps=1, warmup=0, devices=0, num_frames=0).items():
+      if getattr(self, name) < low:
+        raise ValueError(f'--{name} must be at least {low}.')
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Animate:
+  """Generation as a training step, so that one loop measures everything."""
+
+  method: object
+  num_frames: int
+  axis_name: str | None = None
+
+  def init(self, rng, batch):
+    return self.method.init(rng, batch)
+
+  def train_step(self, state, batch, rng):
+    frames = self.method.animate(state, batch, rng, self.num_frames)
+    return state, {'frames': video.to_uint8(frames)}
+
+
+def _prepare(batch, resident=None, rng=None):
+  """Inside jit: ranges as `data.Batches.prepare` leaves them."""
+  del resident, rng
+  batch = {
+    k: video.to_float(v) if k in _PIXELS else v for k, v in batch.items()
+  }
+  if 'lip_mask' in batch:
+    batch['lip_mask'] = batch['lip_mask'].astype(jnp.float32)
+  return batch
+
+
+def _random_batch(example, seed):
+  """Random host batch like `example`: zeros may run faster than faces."""
+  rng = np.random.default_rng(seed)
+  batch = {}
+  for key, value in example.items():
+    if key in _PIXELS or key == 'lip_mask':
+      top = 256 if key in _PIXELS else 2
+      batch[key] = rng.integers(0, top, value.shape, np.uint8)
+    elif np.issubdtype(value.dtype, np.integer):
+      batch[key] = rng.integers(0, len(_LABELS), value.shape, value.dtype)
+    else:
+      batch[key] = np.sort(rng.random(value.shape, value.dtype), -1)
+  return batch
+
+
+def _make_method(stage, labels=_LABELS):
+  return runs.make_method(
+    stage, {'labels': labels}, stage['data']['image_size']
+  )
+
+
+def _make_case(config, stage, devices, options):
+  """(Case, frames per video) of the modes train and generate."""
+  method, example = _make_method(stage), runs.example_batch(stage)
+  if options.mode == 'train':
+    frames, inputs = stage['data']['num_frames'], example
+    if 'draft' in method.reads:
+      example['draft'] = example['video']
+  else:
+    frames = options.num_frames or getattr(method, 'num_frames', 20)
+    image = example['video'][:, 0]
+    clip = np.repeat(image[:, None], frames, 1)
+    known = {**example, 'image': image, 'driving': clip, 'draft': clip}
+    inputs = {key: known[key] for key in method.reads}
+
+  def make_runner():
+    method = _make_method(stage)
+    if options.mode == 'generate':
+      method = _Animate(method=method, num_frames=frames)
+    return parallel.Runner(
+      method, _prepare, mode=config['parallel'], devices=devices
+    )
+
+  batches = [_random_batch(inputs, seed) for seed in range(4)]
+  case = timing.Case(make_runner=make_runner, example=example, batches=batches)
+  return case, frames
+
+
+def _measure_steps(config, stage, devices, options):
+  """The row of a batch size in the modes train and generate."""
+  case, frames = _make_case(config, stage, devices, options)
+  row, runner, state = timing.measure(case, options.steps, options.warmup)
+  videos = stage['data']['batch_size'] / row['step_seconds_median']
+  row |= {
+    'num_frames': frames, 'videos_per_second': videos,
+    'frames_per_second': videos * frames,
+  }
+  if options.mode == 'generate' and len(devices) == 1:
+    state = runner.fetch(state)
+    row |= _time_parts(
+      runner.method.method, state, case.batches, frames, options
+    )
+  yield row
+
+
+def _time_parts(method, state, batches, num_frames, options):
+  """Encoding a face and decoding its frames apart, where a method can."""
+  if not hasattr(method, 'encode'):
+    return {}
+  rng = jax.random.key(1)
+
+  @jax.jit
+  def encode(state, inputs):
+    inputs = _prepare(inputs)
+    chunk = inputs.get('driving')
+    if hasattr(method, 'sweep_alpha'):
+      label = inputs.get('label', jnp.zeros(len(inputs['image']), jnp.int32))
+      chunk = method.sweep_alpha(state, label, num_frames)
+    return method.encode(state, inputs, rng), chunk
+
+  @jax.jit
+  def decode(state, context, chunk):
+    return video.to_uint8(method.decode(state, context, chunk, rng))
+
+  seconds = []
+  for k in range(1 + options.warmup + options.steps):
+    times = [time.perf_counter()]
+    code = jax.block_until_ready(encode(state, batches[k % len(batches)]))
+    times.append(time.perf_counter())
+    jax.block_until_ready(decode(state, *code))
+    times.append(time.perf_counter())
+    seconds.append(np.diff(times))
+  medians = np.median(seconds[1 + options.warmup :], 0).tolist()
+  return dict(zip(('encode_seconds_median', 'decode_seconds_median'), medians))
+
+
+def _measure_input(config, stage, devices, options):
+  """Rows of mode data: streamed, and resident where the frames fit."""
+  settings = {
+    **stage['data'], 'seed': config['seed'], 'directory': options.data_dir,
+  }
+  fits = data.make_batches(**settings).resident
+  for resident, kind in (('no', 'streamed'), ('yes', 'resident'))[: 1 + fits]:
+    batches = data.make_batches(**{**settings, 'resident': resident})
+    row = _time_input(config, stage, batches, devices, options)
+    yield {'input': kind, **row}
+
+
+def _time_input(config, stage, batches, devices, options):
+  """Times the pipeline alone, then the training loop on it."""
+  steps, stream = options.steps, batches.iterate()
+  first, later = _time_fetches(stream, steps), _time_fetches(stream, steps)
+  train = stage['train']
+  runner = parallel.Runner(
+    _make_method(stage, batches.labels), batches.prepare,
+    batches.resident_frames(), config['parallel'], devices,
+    train.get('dispatch', 'auto'),
+  )
+  chunk = math.gcd(steps, train.get('steps_per_dispatch', 1))
+  done = (runner.init(jax.random.key(0), batches.example()), {})
+  for _ in range(1 + math.ceil(options.warmup / chunk)):
+    done, _ = _train_loop(runner, done, stream, chunk, chunk)
+  _time_fetches(stream, _READ_AHEAD)  # What piled up while compiling.
+  _, times = _train_loop(runner, done, stream, steps, chunk)
+  total, fetching, waiting = times
+  videos = batches.batch_size * steps / total
+  return {
+    'num_frames': batches.num_frames, 'steps_per_dispatch': chunk,
+    'first_batches_per_second': steps / first,
+    'batches_per_second': steps / later, 'step_seconds_mean': total / steps,
+    'fetch_seconds_mean': fetching / steps, 'waiting_share': waiting / total,
+    'videos_per_second': videos,
+    'frames_per_second': videos * batches.num_frames,
+  }
+
+
+def _time_fetches(stream, count):
+  begin = time.perf_counter()
+  for _ in range(count):
+    next(stream)
+  return time.perf_counter() - begin
+
+
+def _train_loop(runner, done, stream, steps, chunk):
+  """The loop of hatjax.train: it waits for the device only at the end.
+
+  Returns:
+    ((state, metrics), (seconds in all, seconds fetching batches, those of them
+    at whose end the device had nothing left to do)).
+  """
+  rng, fetching, waiting = jax.random.key(1), 0.0, 0.0
+  begin = time.perf_counter()
+  for _ in range(steps // chunk):
+    spent = time.perf_counter()
+    batches = [next(stream) for _ in range(chunk)]
+    spent = time.perf_counter() - spent
+    fetching += spent
+    if all(metric.is_ready() for metric in jax.tree.leaves(done[1])):
+      waiting += spent
+    done = runner.step(done[0], batches, rng)
+  jax.block_until_ready(done)
+  return done, (time.perf_counter() - begin, fetching, waiting)
+
+
+def benchmark(config, options, show=lambda line: None):
+  """Measures every stage of a config.
+
+  Args:
+    config: dict, as the configs make it.
+    options: Options.
+    show: takes each line of the table as soon as it is known.
+
+  Returns:
+    dict, fit for JSON: options, config, machine, peaks {dtype: see `timing`}
+    and rows, one per stage and batch size, with the numbers of the module.
+
+  Raises:
+    ValueError: a setting is wrong.
+  """
+  devices = _devices(options.devices)
+  report = {
+    'options': dataclasses.asdict(options), 'config': config,
+    'machine': timing.describe_machine(devices), 'peaks': {}, 'rows': [],
+  }
+  for name, value in report['machine'].items():
+    show(f'{name.replace("_", " ")}: {value}')
+  for name in config['stages']:
+    stages = _stages(config[name], options)
+    method = _make_method(stages[0])
+    for stage in stages:
+      parallel.Runner(method, _prepare, devices=devices).check_batch_size(
+        stage['data']['batch_size']
+      )
+    dtype, peaks = getattr(method, 'dtype', 'float32'), report['peaks']
+    if options.mode != 'data' and dtype not in peaks:
+      peaks[dtype] = timing.measure_peak(dtype, devices)
+      rate = peaks[dtype]['flops_per_second'] / 1e9
+      show(f'matrix products in {dtype}: {rate:.4g} GFLOP/s')
+    size = stages[0]['data']['image_size']
+    show(f'\n{name}: {options.mode}, {size}x{size}, {dtype}')
+    show(_line(options.mode))
+    for row in _measure_stage(config, stages, devices, options, show):
+      row = {'stage': name, 'mode': options.mode, 'dtype': dtype, **row}
+      if row.get('flops'):
+        peak = peaks[dtype]['flops_per_second']
+        row['share_of_peak'] = row['flops_per_second'] / peak
+      report['rows'].append(row)
+      show(_line(options.mode, row))
+  return report
+
+
+def _measure_stage(config, stages, devices, options, show):
+  """Rows of a stage, until a batch size is too large for the device."""
+  measure = _measure_input if options.mode == 'data' else _measure_steps
+  for stage in stages:
+    size = stage['data']['batch_size']
+    try:
+      with layers.lowering(options.lowering):
+        for row in measure(config, stage, devices, options):
+          yield {'batch_size': size, **row}
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      show(f'batch size {size} does not fit: {str(error).splitlines()[0]}')
+      return
+
+
+def _devices(count):
+  devices = jax.devices()
+  if count > len(devices):
+    raise ValueError(
+      f'--devices is {count}, but there are {len(devices)} '
+      f'({devices[0].device_kind}). More can be feigned on a CPU: '
+      f'XLA_FLAGS=--xla_force_host_platform_device_count={count}'
+    )
+  return devices[: count or None]
+
+
+def _stages(stage, options):
+  """The stage with each batch size, small to large, and the chosen dtype."""
+  sizes = options.batch_sizes or (stage['data']['batch_size'],)
+  model = dict(stage['model'])
+  if options.dtype:
+    model['dtype'] = options.dtype
+  return [
+    {**stage, 'model': model, 'data': {**stage['data'], 'batch_size': size}}
+    for size in sorted(set(sizes))
+  ]
+
+
+# -- what is shown -----------------------------------------------------------
+
+# Title, key of the row, unit.
+_STEP_COLUMNS = (
+  ('batch', 'batch_size', 1),
+  ('compile s', 'compile_seconds', 1),
+  ('first s', 'first_step_seconds', 1),
+  ('median ms', 'step_seconds_median', 1e-3),
+  ('p90 ms', 'step_seconds_p90', 1e-3),
+  ('videos/s', 'videos_per_second', 1),
+  ('frames/s', 'frames_per_second', 1),
+  ('GFLOP', 'flops', 1e9),
+  ('GFLOP/s', 'flops_per_second', 1e9),
+  ('% peak', 'share_of_peak', 0.01),
+  ('GB moved', 'bytes_accessed', 1e9),
+  ('GiB', 'compiled_peak_bytes', 2**30),
+  ('GiB real', 'device_peak_bytes', 2**30),
+)
+_INPUT_COLUMNS = (
+  ('batch', 'batch_size', 1),
+  ('input', 'input', None),
+  ('first b/s', 'first_batches_per_second', 1),
+  ('batches/s', 'batches_per_second', 1),
+  ('step ms', 'step_seconds_mean', 1e-3),
+  ('fetch ms', 'fetch_seconds_mean', 1e-3),
+  ('% waits', 'waiting_share', 0.01),
+  ('videos/s', 'videos_per_second', 1),
+  ('frames/s', 'frames_per_second', 1),
+)
+
+
+def _line(mode, row=None):
+  """A row as a line of the table, or the line of the titles."""
+  cells = []
+  for title, key, unit in _INPUT_COLUMNS if mode == 'data' else _STEP_COLUMNS:
+    value = title if row is None else row.get(key)
+    if value is None:
+      value = '-'
+    elif not isinstance(value, str):
+      value /= unit
+      value = f'{value:.4g}' if value < 1000 else f'{value:.0f}'
+    cells.append(f'{value:>9}')
+  return ' '.join(cells)
+
+
+def plot(report, path):
+  """Frames per second against batch size; dashed: linear growth."""
+  from matplotlib import figure  # Slow to import.
+
+  fig = figure.Figure(figsize=(6, 4), layout='constrained')
+  axis = fig.subplots()
+  curves = {}
+  for row in report['rows']:
+    name = ' '.join(row[k] for k in ('stage', 'input') if k in row)
+    point = (row['batch_size'], row['frames_per_second'])
+    curves.setdefault(name, []).append(point)
+  for name, points in curves.items():
+    x, y = np.array(points, float).T
+    (line,) = axis.plot(x, y, 'o-', label=name)
+    axis.plot(x, x * y[0] / x[0], '--', color=line.get_color(), linewidth=0.8)
+  axis.set_xscale('log', base=2)
+  axis.set_yscale('log', base=2)
+  for side in (axis.xaxis, axis.yaxis):
+    side.set_major_formatter('{x:g}')  # Not as powers of two.
+  machine = report['machine']
+  axis.set(
+    xlabel='batch size', ylabel='frames per second',
+    title=f'{report["options"]["mode"]}, {machine["devices"]} x '
+    f'{machine["device"]}',
+  )
+  axis.legend()
+  axis.grid(alpha=0.3)
+  fig.savefig(path, dpi=110)
+
+
+# -- the command -------------------------------------------------------------
+
+
+def _define():
+  """The flags; not when imported, since other commands share their names."""
+  integer, string, d = flags.DEFINE_integer, flags.DEFINE_string, Options()
+  string('mode', d.mode, f'What to time: {", ".join(MODES)}.')
+  string('batch_sizes', '', "Such as 1,2,4, over all devices; default: the "
+         "config's.")
+  string('dtype', d.dtype, "float32 or bfloat16; default: the config's.")
+  integer('devices', d.devices, 'Use the first N; default all.')
+  string(
+    'lowering', d.lowering,
+    'How strided convolutions are compiled: plain, rewritten, or auto (what '
+    'the platform is thought to like).',
+  )
+  integer('steps', d.steps, 'Timed steps (or videos, or batches).')
+  integer('warmup', d.warmup, 'Steps before them, besides the first.')
+  integer('num_frames', d.num_frames, 'Per generated video; default 20.')
+  string('data_dir', d.data_dir, 'Where the records live; only for mode data.')
+  string('json', None, 'Where the numbers go; a plot beside it: out.json and '
+         'out.png.')
+  return config_flag.define()
+
+
+def _batch_sizes(text):
+  words = [word.strip() for word in text.split(',') if word.strip()]
+  if not all(word.isdecimal() and int(word) for word in words):
+    raise ValueError(
+      f'--batch_sizes is {text!r}. Pass numbers above 0, such as 1,2,4.'
+    )
+  return tuple(map(int, words))
+
+
+def _run(config):
+  names = [field.name for field in dataclasses.fields(Options)]
+  values = {name: flags.FLAGS[name].value for name in names}
+  values['batch_sizes'] = _batch_sizes(values['batch_sizes'])
+  options = Options(**values)
+  path = flags.FLAGS['json'].value
+  if path:
+    path = pathlib.Path(path)
+    if path.suffix != '.json':
+      raise ValueError(f'--json is {str(path)!r}. It must end with .json')
+    path.parent.mkdir(parents=True, exist_ok=True)
+  report = benchmark(
+    config, options, lambda line: print(line, flush=True)
+  )
+  if path:
+    path.write_text(json.dumps(report, indent=2) + '\n')
+    plot(report, path.with_suffix('.png'))
+    print(f'\nWritten: {path} and {path.with_suffix(".png")}')
+
+
+def main():
+  """The command."""
+  config = _define()
+
+  def run(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f'Unexpected argument: {argv[1]}')
+    logging.set_verbosity(logging.WARNING)
+    parallel.enable_compilation_cache()
+    try:
+      _run(config.value.to_dict())
+    except (ValueError, OSError) as error:
+      sys.exit(f'error: {error}')
+
+  app.run(run, flags_parser=config_flag.parse)
+
+
+if __name__ == '__main__':
+  main()

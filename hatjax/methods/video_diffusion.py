@@ -1,0 +1,304 @@
+"""Video diffusion: refines a draft video, or makes one from noise.
+
+The DIFF of HAT-cGAN-DIFF (Hung, Duy, Huy), Algorithm 1: add Gaussian noise to
+the GAN's video, denoise it with a 3-D U-Net. mode 'noise' is that, as partial
+noising and sampling down from there (SDEdit, Meng et al. 2022): the net learns
+real clips alone and can only pull a draft towards them. mode 'paired', an
+extension (after SR3, Saharia et al. 2021), also shows the net the draft, so
+that it learns what drafts get wrong.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from hatjax import diffusion, losses, optim
+from hatjax import metrics as metrics_lib
+from hatjax import state as state_lib
+from hatjax.nets import video_diffusion as nets
+
+MODES = ('noise', 'paired')
+LOSSES = {'l1': losses.l1, 'l2': losses.l2}
+SAMPLERS = {'ddim': 0.0, 'ancestral': 1.0}  # eta of each
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class VideoDiffusion:
+  """Hyperparameters and steps of video diffusion.
+
+  Levels of noise run from 0 to num_noise_steps. A draft starts at level
+  strength * num_noise_steps; a walk from the top takes num_sample_steps, one
+  from further down its share of them.
+  """
+
+  tx: Mapping[str, optax.GradientTransformation]
+  image_size: int = 64
+  num_labels: int = 0
+  mode: str = 'noise'
+  dim: int = 64
+  dim_mults: tuple[int, ...] = (1, 2, 4, 8)
+  heads: int = 8
+  head_dim: int = 32
+  norm: str = 'group'
+  conv: str = 'space'
+  patch: int = 1
+  schedule: str = 'cosine'
+  num_noise_steps: int = 300
+  prediction: str = 'eps'
+  loss: str = 'l1'
+  min_snr_gamma: float = 0.0
+  label_dropout: float = 0.1
+  image_fraction: float = 0.2
+  strength: float = 0.15
+  sampler: str = 'ddim'
+  num_sample_steps: int = 64
+  guidance: float = 1.0
+  dynamic_threshold: float = 0.0
+  window: int = 0
+  ema_decay: float = 0.999
+  remat: bool = False
+  dtype: str = 'float32'
+  axis_name: str | None = None
+
+  def __post_init__(self):
+    for name, known in (
+      ('mode', MODES), ('norm', nets.NORMS), ('conv', nets.CONVS),
+      ('schedule', diffusion.SCHEDULES), ('loss', LOSSES),
+      ('prediction', diffusion.PREDICTIONS), ('sampler', SAMPLERS),
+      ('dtype', ('float32', 'bfloat16')),
+    ):
+      value = getattr(self, name)
+      if value not in known:
+        raise ValueError(
+          f'model.{name} is {value!r}. Choose one of: {", ".join(known)}.'
+        )
+    for name in (
+      'strength', 'label_dropout', 'image_fraction', 'dynamic_threshold',
+    ):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(
+          f'model.{name} is {getattr(self, name)}. It must lie in 0..1.'
+        )
+    step = self.patch * 2 ** (len(self.dim_mults) - 1)
+    if self.image_size % step:
+      raise ValueError(
+        f'model.image_size {self.image_size} is not a multiple of {step}: '
+        'patch, doubled for each of dim_mults but one. Leave some out.'
+      )
+    if self.norm == 'group' and self.dim % nets.GROUPS:
+      raise ValueError(
+        f'model.dim {self.dim} is not a multiple of {nets.GROUPS}, as norm '
+        "'group' needs. Use norm 'rms' or another dim."
+      )
+    if 'denoiser' not in self.tx:
+      raise ValueError('optim lacks a block for: denoiser.')
+
+  @property
+  def reads(self):
+    """Keys of `inputs` that animate takes; without them it makes a video up."""
+    return ('draft', 'label') if self.num_labels else ('draft',)
+
+  @property
+  def denoiser(self):
+    """The network."""
+    return nets.UNet3D(
+      dim=self.dim, dim_mults=self.dim_mults, out_channels=3 * self.patch**2,
+      num_labels=self.num_labels, heads=self.heads, head_dim=self.head_dim,
+      norm=self.norm, conv=self.conv, remat=self.remat,
+      dtype=jnp.dtype(self.dtype),
+    )
+
+  @property
+  def noise_schedule(self):
+    """Levels 0..num_noise_steps."""
+    return diffusion.SCHEDULES[self.schedule](self.num_noise_steps)
+
+  def init(self, rng, batch):
+    """State at step 0 from one batch (only its shapes matter)."""
+    size = self.image_size
+    chex.assert_shape(batch['video'], (None, None, size, size, 3))
+    channels = 6 if self.mode == 'paired' else 3
+    video = jnp.zeros((1, 2, size, size, channels))
+    params = self.denoiser.init(
+      rng, diffusion.space_to_depth(video, self.patch),
+      jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32),
+    )['params']
+    return state_lib.create(
+      {'denoiser': params}, {'denoiser': self.tx['denoiser']},
+      ema=('denoiser',) if self.ema_decay else (),
+    )
+
+  # -- training ------------------------------------------------------------
+
+  def train_step(self, state, batch, rng):
+    """One update of the denoiser, at a random level of noise per clip.
+
+    Args:
+      state: TrainState.
+      batch: video float32 [B, T, H, W, 3] in [-1, 1], time [B, T], by which
+        frames are sorted; label int32 [B]; in mode 'paired' draft, like video.
+      rng: the key of this step.
+
+    Returns:
+      The new state and a dict of scalar metrics.
+    """
+    chex.assert_rank(batch['video'], 5)
+    grad = jax.grad(self.denoiser_loss, has_aux=True)
+    grads, metrics = grad(state.params['denoiser'], batch, rng)
+    grads = state_lib.pmean(grads, self.axis_name)
+    state = state.apply_gradients(self.tx, denoiser=grads)
+    if self.ema_decay:
+      average = optim.update_ema(
+        state.ema['denoiser'], state.params['denoiser'], self.ema_decay,
+        state.step,
+      )
+      state = state.replace(ema={'denoiser': average})
+    return state, state_lib.pmean(metrics, self.axis_name)
+
+  def denoiser_loss(self, params, batch, rng):
+    """Weighted error of the predicted noise, x_0 or v; and its metrics."""
+    x0, draft = self._sorted_clip(batch)
+    b = x0.shape[0]
+    keys = jax.random.split(rng, 4)
+    t = jax.random.randint(keys[0], (b,), 1, self.num_noise_steps + 1)
+    noise = jax.random.normal(keys[1], x0.shape)
+    label = jnp.where(
+      jax.random.bernoulli(keys[2], self.label_dropout, (b,)),
+      self.num_labels, batch['label'],
+    )
+    isolate = None
+    if self.image_fraction:
+      isolate = jax.random.bernoulli(keys[3], self.image_fraction, (b,))
+    schedule = self.noise_schedule
+    xt = diffusion.add_noise(schedule, x0, noise, t)
+    value = self._predict(params, xt, t, label, draft, isolate)
+    target = diffusion.make_target(self.prediction, schedule, x0, noise, t)
+    error = LOSSES[self.loss](value, target)
+    loss = error
+    if self.min_snr_gamma:
+      loss = error * diffusion.min_snr_weight(
+        self.prediction, schedule, t, self.min_snr_gamma
+      )
+    guess, _ = diffusion.to_x0_and_noise(
+      self.prediction, schedule, value, xt, t
+    )
+    psnr = metrics_lib.psnr(diffusion.limit(guess), x0)
+    return loss.mean(), {
+      'loss/denoise': error.mean(), 'loss/denoiser': loss.mean(),
+      'psnr/train': psnr.mean(),
+    }
+
+  def _sorted_clip(self, batch):
+    """(video, draft or None) with frames in the order of time."""
+    order = jnp.argsort(batch['time'], 1)[..., None, None, None]
+    sort = lambda x: jnp.take_along_axis(x, order, 1)
+    if self.mode != 'paired':
+      return sort(batch['video']), None
+    if 'draft' not in batch:
+      raise ValueError(
+        "model.mode 'paired' learns from drafts, which the batch lacks. Train "
+        "it after a stage that makes them, or use mode 'noise'."
+      )
+    chex.assert_equal_shape([batch['draft'], batch['video']])
+    return sort(batch['video']), sort(batch['draft'])
+
+  def _predict(self, params, xt, t, label, draft=None, isolate=None):
+    """What the net says of x_t [B, T, H, W, 3] at levels t [B]."""
+    x = diffusion.scale_input(self.noise_schedule, xt, t)
+    if draft is not None:
+      x = jnp.concatenate([x, draft], -1)
+    # The released code counts its levels from 0.
+    value = self.denoiser.apply(
+      {'params': params}, diffusion.space_to_depth(x, self.patch), t - 1,
+      label, isolate,
+    )
+    return diffusion.depth_to_space(value, self.patch)
+
+  # -- generation ----------------------------------------------------------
+
+  def animate(self, state, inputs, rng, num_frames):
+    """[B, T, H, W, 3] in [-1, 1]: a refined draft, or a video from noise.
+
+    Args:
+      state: TrainState; its averaged parameters are used.
+      inputs: draft float32 [B, T, H, W, 3] in [-1, 1], T = num_frames; where
+        it is missing (mode 'noise' only) the video comes from pure noise.
+        label int32 [B]; where missing, the null label.
+      rng: key.
+      num_frames: T.
+
+    Returns:
+      The video; the draft itself, bit for bit, at a strength of 0.
+    """
+    draft = inputs.get('draft')
+    if draft is None and self.mode == 'paired':
+      raise ValueError(
+        "video_diffusion in mode 'paired' reads 'draft', which inputs lack. "
+        'Run it after a stage that makes one.'
+      )
+    rng_start, rng_walk = jax.random.split(rng)
+    schedule = self.noise_schedule
+    start = schedule.num_steps
+    if draft is None:
+      known = [inputs[k] for k in ('label', 'image') if k in inputs]
+      b = known[0].shape[0] if known else 1
+    else:
+      b = draft.shape[0]
+      start = round(self.strength * start)
+    shape = (b, num_frames, self.image_size, self.image_size, 3)
+    if draft is not None:
+      chex.assert_shape(draft, shape)
+    if not start:
+      return draft
+    xt = jax.random.normal(rng_start, shape)
+    if start == schedule.num_steps:
+      xt *= schedule.sigma[-1]  # Nothing of a draft.
+    else:
+      xt = diffusion.add_noise(schedule, draft, xt, start)
+    label = inputs.get('label')
+    predict = lambda xt, t: self._guess(
+      state.inference_params('denoiser'), xt, t, label,
+      draft if self.mode == 'paired' else None,
+    )
+    count = round(self.num_sample_steps * start / schedule.num_steps)
+    times = diffusion.sample_times(start, count)
+    eta = SAMPLERS[self.sampler]
+    video = diffusion.sample(predict, schedule, xt, times, rng_walk, eta)
+    return jnp.clip(video, -1, 1)
+
+  def _guess(self, params, xt, t, label, draft):
+    """x_0 as the net sees it, guided, in windows, kept in range.
+
+    Guidance (Ho & Salimans 2022): null + guidance (labelled - null).
+    """
+    b = xt.shape[0]
+    guided = label is not None and self.num_labels and self.guidance != 1
+    null = jnp.full((b,), self.num_labels, jnp.int32)
+    labels = null if label is None else label
+    if guided:
+      labels = jnp.concatenate([labels, null])
+
+    def predict(arrays):
+      if guided:
+        arrays = jax.tree.map(lambda x: jnp.concatenate([x, x]), arrays)
+      levels = jnp.full(labels.shape, t)
+      value = self._predict(
+        params, arrays['xt'], levels, labels, arrays.get('draft')
+      )
+      if guided:
+        labelled, other = jnp.split(value, 2)
+        value = other + self.guidance * (labelled - other)
+      return value
+
+    arrays = {'xt': xt} if draft is None else {'xt': xt, 'draft': draft}
+    value = diffusion.average_windows(
+      predict, arrays, self.window, max(self.window // 2, 1)
+    )
+    x0, _ = diffusion.to_x0_and_noise(
+      self.prediction, self.noise_schedule, value, xt, t
+    )
+    return diffusion.limit(x0, self.dynamic_threshold)

@@ -1,0 +1,192 @@
+"""What a compiled step costs in time, operations and memory, and what this
+machine could do at most."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+_PRODUCTS = 8  # of matrices, in a row; one alone would time its dispatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """A step to measure.
+
+  Attributes:
+    make_runner: () -> parallel.Runner, everything in it made anew.
+    example: what its `init` reads.
+    batches: host batches, used in turn.
+  """
+
+  make_runner: Callable
+  example: dict
+  batches: list
+
+
+def measure(case, steps, warmup):
+  """Compiles, starts and times a step.
+
+  Args:
+    case: Case.
+    steps: how many are timed, one by one.
+    warmup: steps before them, besides the first.
+
+  Returns:
+    (dict of numbers, the runner, the state).
+  """
+  rng = jax.random.key(1)
+  with _empty_cache():
+    row = _compile(case, rng)
+    begin = time.perf_counter()
+    runner = case.make_runner()
+    state = runner.init(jax.random.key(0), case.example)
+    state, _ = _one_step(runner, state, case.batches[0], rng)
+    row['first_step_seconds'] = time.perf_counter() - begin
+  seconds = []
+  for k in range(warmup + steps):
+    batch = case.batches[k % len(case.batches)]
+    state, spent = _one_step(runner, state, batch, rng)
+    seconds.append(spent)
+  seconds = seconds[warmup:]
+  stats = [device.memory_stats() or {} for device in runner.devices]
+  row |= {
+    'step_seconds': seconds, 'step_seconds_median': float(np.median(seconds)),
+    'step_seconds_p90': float(np.percentile(seconds, 90)),
+    'device_peak_bytes':
+      max(s.get('peak_bytes_in_use', 0) for s in stats) or None,
+  }
+  row['flops_per_second'] = row['flops'] / row['step_seconds_median']
+  return row, runner, state
+
+
+def _one_step(runner, state, batch, rng):
+  begin = time.perf_counter()
+  state, _ = jax.block_until_ready(runner.step(state, [batch], rng))
+  return state, time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def _empty_cache():
+  """A compilation cache of one's own, so that the user's is left alone."""
+  names = (
+    'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs',
+  )
+
+  def use(*values):
+    for name, value in zip(names, values):
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+  before = [getattr(jax.config, name) for name in names]
+  with tempfile.TemporaryDirectory(prefix='hatjax') as folder:
+    use(folder, 0.0)
+    try:
+      yield
+    finally:
+      use(*before)
+
+
+def _compile(case, rng):
+  """Times tracing and compiling, and asks the program what it costs."""
+  runner = case.make_runner()
+  times = [time.perf_counter()]
+  state = jax.block_until_ready(
+    runner.init(jax.random.key(0), case.example)
+  )
+  times.append(time.perf_counter())
+  lowered = runner.lower(state, case.batches[0], rng)
+  times.append(time.perf_counter())
+  compiled = lowered.compile()
+  times.append(time.perf_counter())
+  names = ('init_seconds', 'trace_seconds', 'compile_seconds')
+  row = dict(zip(names, np.diff(times).tolist()))
+  # A compiled program is that of one device; lowered, jit's is still whole.
+  count = len(runner.devices)
+  costs, before = _ask(compiled.cost_analysis), _ask(lowered.cost_analysis)
+  flops = count * costs.get('flops', 0.0)
+  whole = before.get('flops', 0.0) * (count if runner.mode == 'pmap' else 1)
+  # Library calls (convolutions on GPUs) are uncounted once compiled.
+  row['flops'] = flops if flops >= 0.5 * whole else whole
+  row['bytes_accessed'] = count * costs.get('bytes accessed', 0.0)
+  stats = _ask(compiled.memory_analysis)
+  parts = {
+    name: getattr(stats, f'{name}_size_in_bytes', 0)
+    for name in ('argument', 'output', 'temp', 'alias', 'generated_code')
+  }
+  total = parts['argument'] + parts['output'] + parts['temp']
+  total -= parts['alias']
+  row |= {'memory': parts, 'compiled_peak_bytes': total or None}
+  return row
+
+
+def _ask(analysis):
+  """The analysis of a program; {} where the platform has none."""
+  try:
+    return analysis() or {}
+  except (NotImplementedError, jax.errors.JaxRuntimeError):
+    return {}
+
+
+def measure_peak(dtype, devices, longest=0.1):
+  """What matrix products reach on all devices at once.
+
+  Args:
+    dtype: of the matrices.
+    devices: list.
+    longest: seconds; a size that takes longer is the last.
+
+  Returns:
+    dict: size (side of the best), flops_per_second, by_size.
+  """
+
+  @jax.jit
+  def multiply(x, w):
+    for _ in range(_PRODUCTS):
+      x = x @ w
+    return x
+
+  by_size, seconds, size = {}, 0.0, 512
+  while seconds < longest and size <= 8192:
+    x, w = (
+      jax.random.normal(jax.random.key(k), (size, size), dtype)
+      for k in range(2)
+    )
+    pairs = [jax.device_put((x, w / size**0.5), d) for d in devices]
+    times = [time.perf_counter()]
+    for _ in range(8):
+      jax.block_until_ready([multiply(*pair) for pair in pairs])
+      times.append(time.perf_counter())
+    seconds = np.diff(times)[1:].min()
+    by_size[size] = 2 * _PRODUCTS * len(devices) * size**3 / seconds
+    size *= 2
+  best = max(by_size, key=by_size.get)
+  return {
+    'size': best, 'flops_per_second': by_size[best], 'by_size': by_size,
+  }
+
+
+def describe_machine(devices):
+  """What the numbers depend on besides the code."""
+  info = pathlib.Path('/proc/cpuinfo')
+  lines = info.read_text().splitlines() if info.is_file() else []
+  cpus = [x.split(':')[1].strip() for x in lines if x.startswith('model name')]
+  packages = ('hatjax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
+  versions = [f'{name} {metadata.version(name)}' for name in packages]
+  return {
+    'device': devices[0].device_kind, 'platform': devices[0].platform,
+    'devices': len(devices), 'cpu': (cpus or [platform.machine()])[0],
+    'cores': os.cpu_count(), 'load_average': os.getloadavg()[0],
+    'time': time.strftime('%Y-%m-%d %H:%M:%S %Z'),
+    'versions': ', '.join([f'python {platform.python_version()}', *versions]),
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),
+  }
