@@ -76,6 +76,7 @@ def outline(face, landmarks):
 
 
 def blob(x, y, at, wide, high, turn=0.0):
+  """A smooth bump around `at` on the grid x, y; sizes in sides, turn in rad."""
   dx, dy = x - float(at[0]), y - float(at[1])  # float32 as x and y are
   if turn:
     c, s = math.cos(turn), math.sin(turn)
@@ -144,6 +145,7 @@ def _nose(face, p, x, y):
 
 
 def ear_outline(face, p, side):
+  """Contour of an ear beside the jaw's points `p`."""
   size = face.ear
   at = np.array([p[0, 0] - 0.004, p[0, 1] + 0.045])
   a = np.linspace(0, 2 * np.pi, 24)
