@@ -214,10 +214,14 @@ class Batches:
 
   def _picks(self):
     """Practically endless grain data set of (clip, frames) choices."""
-    epochs = 2**40 // len(self.clips)  # repeat() alone overflows in slices
+    count = len(self.clips)
+    # grain's own shuffle takes milliseconds per pick.
+    order = functools.lru_cache(4)(
+      lambda epoch: np.random.default_rng((self.seed, epoch)).permutation(count)
+    )
     return (
-      grain.MapDataset.range(len(self.clips))
-      .seed(self.seed).shuffle().repeat(epochs).random_map(self._pick)
+      grain.MapDataset.range(2**40).seed(self.seed)
+      .map(lambda i: order(i // count)[i % count]).random_map(self._pick)
     )
 
   def _pick(self, position, rng):

@@ -69,10 +69,20 @@ def test_the_apex_can_be_in_every_batch(toy_records):
 
 
 def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
-  stream = batches(toy_records, resident='no', batch_size=8).iterate()
-  epochs = [list(next(stream)['subject']) for _ in range(4)]
-  assert all(sorted(e) == list(range(8)) for e in epochs)
-  assert len({tuple(e) for e in epochs}) > 1
+  # Batches of 3 straddle the epochs of 8 clips.
+  stream = batches(toy_records, resident='no', batch_size=3).iterate()
+  subjects = np.concatenate([b['subject'] for b in take(stream, 16)])
+  epochs = subjects.reshape(6, 8)
+  np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(8), (6, 1)))
+  assert len(set(map(tuple, epochs))) > 4
+  other = batches(toy_records, resident='no', seed=6, batch_size=8).iterate()
+  assert list(next(other)['subject']) != list(epochs[0])
+
+
+def test_a_stream_starts_anywhere_at_once(toy_records):
+  source = batches(toy_records, batch_size=3)
+  late = take(source.iterate(10**9 + 1), 2)
+  equal(late[1], next(source.iterate(10**9 + 2)))
 
 
 @pytest.mark.parametrize('jitter', [0.0, 0.2])
