@@ -135,12 +135,20 @@ class Runner:
     return jax.device_put(x, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
   def check_batch_size(self, batch_size):
-    """Raises ValueError unless the devices can share the batch evenly."""
-    n = len(self.devices)
+    """Raises ValueError unless devices and microbatches share it evenly."""
+    n, parts = len(self.devices), getattr(self.method, 'microbatches', 1)
     if batch_size % n:
       raise ValueError(
         f'data.batch_size {batch_size} does not divide over {n} devices. '
         f'Use {max(n, batch_size // n * n)} or another multiple of {n}.'
+      )
+    share = batch_size // n
+    if share % parts:
+      known = [str(k) for k in range(1, share + 1) if share % k == 0]
+      raise ValueError(
+        f'model.microbatches {parts} does not divide the {share} clips of a '
+        f'device (data.batch_size {batch_size} over {n}). These do: '
+        f'{", ".join(known)}.'
       )
 
   def abstract_state(self, example):

@@ -59,3 +59,78 @@ def create(params, tx, model_state=None, ema=()):
 def pmean(tree, axis_name):
   """Mean over devices under pmap; the identity when `axis_name` is None."""
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+DTYPES = ('float32', 'bfloat16')
+
+
+def check_choices(method, **known):
+  """Raises ValueError where a method's setting is none of those known.
+
+  Args:
+    method: its `dtype` and `microbatches` are checked as well.
+    **known: setting name -> the values it may have.
+  """
+  for name, values in {**known, 'dtype': DTYPES}.items():
+    value = getattr(method, name)
+    if value not in values:
+      raise ValueError(
+        f'model.{name} is {value!r}. Choose one of: {", ".join(values)}.'
+      )
+  if method.microbatches < 1:
+    raise ValueError(
+      f'model.microbatches is {method.microbatches}. Use 1, or more to compute '
+      'a step in as many parts.'
+    )
+
+
+# -- microbatches ------------------------------------------------------------
+
+
+def split_batch(tree, count):
+  """[B, ...] -> [count, B / count, ...].
+
+  Part k has the samples k, k + count, ...: of every device the same number.
+  """
+  return jax.tree.map(
+    lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree
+  )
+
+
+def join_batch(tree):
+  """[count, B / count, ...] -> [B, ...], the inverse of `split_batch`."""
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree
+  )
+
+
+def accumulate(function, parts):
+  """Runs a function on one part of a batch at a time.
+
+  Args:
+    function: part -> (tree to average, such as gradients, tree to stack).
+    parts: tree of arrays [count, ...].
+
+  Returns:
+    (the mean over the parts, the other results stacked [count, ...]).
+  """
+  count = len(jax.tree.leaves(parts)[0])
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)[0]
+  )
+
+  def body(total, part):
+    term, row = function(part)
+    return jax.tree.map(lambda a, b: a + b / count, total, term), row
+
+  if jax.default_backend() != 'cpu':
+    return jax.lax.scan(body, zeros, parts)
+  total, rows = zeros, []  # XLA:CPU runs a rolled training step 10x slower.
+  for k in range(count):
+    part = jax.tree.map(lambda x, k=k: x[k], parts)
+    # Only when the part before is done, whose memory is then free.
+    part, total = jax.lax.optimization_barrier((part, total))
+    total, row = body(total, part)
+    rows.append(row)
+  return total, jax.tree.map(lambda *x: jnp.stack(x), *rows)

@@ -456,7 +456,7 @@ def test_variants_step_and_animate(changes):
   else:
     new = lively_state(method, batch)
     _, metrics = jax.jit(method.denoiser_loss)(
-      new.params['denoiser'], batch, rng
+      new.params['denoiser'], method.draw_task(batch, rng)
     )
   assert all(np.isfinite(v) for v in jax.device_get(metrics).values())
   # Longer than the window; from pure noise where no draft is needed.
@@ -475,7 +475,7 @@ def test_paired_mode_asks_for_its_draft(tiny):
     method.animate(state, {'label': batch['label']}, jax.random.key(0), 4)
   del batch['draft']
   with pytest.raises(ValueError, match='learns from drafts'):
-    method.denoiser_loss(None, batch, jax.random.key(0))
+    method.draw_task(batch, jax.random.key(0))
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -7,11 +7,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import common
 from configs.methods import hat_cgan as hat_config
-from hatjax import losses, methods, parallel, runs
+from hatjax import lips, losses, methods, parallel, runs
 from hatjax.nets import hat_cgan as nets
 
 LABELS = 3
@@ -211,6 +212,74 @@ def test_batch_that_does_not_divide_is_refused(trained):
     runner.check_batch_size(3)
 
 
+def still(stage, batch_size, **changes):
+  """A method without noise that depends on the order of work, and its batch.
+
+  Its optimizers keep the last gradients as their state. Parameters start off
+  their zeros, so that every path carries a gradient.
+  """
+  batch = toy_batch(stage, batch_size)
+  if stage['method'] == 'hat_cgan':
+    changes |= dict(feature_noise=0.0, dropout=0.0, alpha_noise=False)
+  else:
+    batch['draft'] = batch['video'][:, ::-1]
+  method = make(stage, **changes)
+  sgd = optax.chain(optax.trace(0.0), optax.scale(-1e-2))
+  tx = {name: sgd for name in method.tx}
+  method = dataclasses.replace(method, tx=tx)
+  return method, perturbed(method.init(jax.random.key(0), batch)), batch
+
+
+def assert_same_gradients(a, b):
+  """Of every net, to 1e-5 of its largest one; a bias that a norm cancels is
+  rounding noise, far below that."""
+  for net in a.opt_state:
+    x, y = (
+      np.concatenate([np.ravel(g) for g in jax.tree.leaves(s.opt_state[net])])
+      for s in (a, b)
+    )
+    size = np.abs(x).max()
+    assert size > 1e-5, net
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * size, err_msg=net)
+
+
+@pytest.mark.parametrize('changes', (
+  dict(microbatches=2), dict(microbatches=2, mode='paired'),
+  dict(microbatches=4, loop='scan', generator_steps=2, discriminator_steps=2),
+), ids=str)
+@pytest.mark.parametrize('stage', tiny_stages(), ids=lambda s: s['method'])
+def test_microbatches_equal_the_whole_batch(stage, changes, monkeypatch):
+  fields = dataclasses.fields(methods.METHODS[stage['method']])
+  known = {field.name for field in fields}
+  if 'mode' in changes and 'mode' not in known:
+    pytest.skip('a setting of another method')
+  if changes.get('loop') == 'scan':
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  changes = {k: v for k, v in changes.items() if k in known}
+  results = []
+  for count in (1, changes.pop('microbatches')):
+    method, state, batch = still(stage, 4, microbatches=count, **changes)
+    step = jax.jit(method.train_step)
+    results.append(step(state, batch, jax.random.key(1)))
+  (a, metrics), (b, others) = jax.device_get(results)
+  assert_same_gradients(a, b)
+  assert metrics.keys() == others.keys()
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, others[name], 1e-4, 1e-5, err_msg=name)
+  for x, y in zip(*map(jax.tree.leaves, (a.model_state, b.model_state))):
+    np.testing.assert_allclose(x, y, 1e-4, 1e-5)
+
+
+def test_microbatches_must_divide_what_a_device_has(trained):
+  stage = trained['stage']
+  runner = parallel.Runner(make(stage, microbatches=3), identity)
+  runner.check_batch_size(12)
+  with pytest.raises(ValueError, match='the 4 clips .*These do: 1, 2, 4.'):
+    runner.check_batch_size(8)
+  with pytest.raises(ValueError, match='model.microbatches is 0. Use 1'):
+    make(stage, microbatches=0)
+
+
 # -- HAT-cGAN -----------------------------------------------------------------
 
 
@@ -346,12 +415,10 @@ def test_frames_without_lips_do_not_count_in_the_patch_loss(stage, batch):
 
 
 def test_patch_crop_is_centred_on_the_lips(stage, batch):
-  method = make(stage, patch_crop=6)
   mask = np.zeros(batch['lip_mask'].shape, np.float32)
   mask[:, :, 9:13, 2:6] = 1
-  _, frames = method._lips(
-    {**batch, 'lip_mask': mask}, jnp.ones_like(batch['video'][:, 1:])
-  )
+  frames = jnp.ones_like(batch['video'][:, 1:])
+  _, frames = lips.pictures(batch['video'][:, 0], frames, mask, 6)
   assert frames.shape[2:4] == (6, 6)
   # 4x4 lips in a 6x6 cut: one blank row and column on every side.
   np.testing.assert_array_equal(

@@ -116,6 +116,7 @@ def _model(preset, image_size):
     discriminator_steps=1,
     ema_decay=0.999,              # of the generator, warmed up; 0: none
     remat=False,                  # less memory, a third more work
+    microbatches=1,               # parts of a batch, one after another
     dtype='float32',              # of the computation; or bfloat16
   )
   if preset == 'tiny':

@@ -104,6 +104,7 @@ def _model(preset, image_size):
     window=10,                    # frames the net sees at a time; 0: all
     ema_decay=0.999,
     remat=False,                  # less memory, a third more work
+    microbatches=1,               # parts of a batch, one after another
     dtype='float32',              # of the computation; or bfloat16
   )
   if preset in ('paper', 'paper_1x1'):

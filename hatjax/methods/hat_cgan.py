@@ -9,6 +9,7 @@ is the projection of a frame's shift on that direction.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import chex
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from hatjax import intensity, losses, optim
+from hatjax import intensity, lips, losses, optim
 from hatjax import metrics as metrics_lib
 from hatjax import state as state_lib
 from hatjax.nets import hat_cgan as nets
@@ -69,20 +70,15 @@ class HatCGAN:
   discriminator_steps: int = 1
   ema_decay: float = 0.0
   remat: bool = False
+  microbatches: int = 1
   dtype: str = 'float32'
   axis_name: str | None = None
 
   def __post_init__(self):
-    for name, known in (
-      ('net', nets.NETS), ('head', nets.HEADS), ('affine', nets.AFFINES),
-      ('gan_loss', losses.GAN_LOSSES), ('alpha_rule', intensity.RULES),
-      ('dtype', ('float32', 'bfloat16')),
-    ):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(
-          f'model.{name} is {value!r}. Choose one of: {", ".join(known)}.'
-        )
+    state_lib.check_choices(
+      self, net=nets.NETS, head=nets.HEADS, affine=nets.AFFINES,
+      gan_loss=losses.GAN_LOSSES, alpha_rule=intensity.RULES,
+    )
     kind, size = self.net.split('_')
     if kind == 'unet' and int(size) != self.image_size:
       raise ValueError(
@@ -155,12 +151,10 @@ class HatCGAN:
       params['alpha_discriminator'] = nets.AlphaDiscriminator().init(
         rng_a, jnp.zeros((1, frames))
       )['params']
-    profile = intensity.empty_profile(self.num_labels)
+    profile = {'profile': intensity.empty_profile(self.num_labels)}
+    ema = ('generator',) if self.ema_decay else ()
     tx = {name: self.tx[name] for name in params}
-    return state_lib.create(
-      params, tx, {'profile': profile},
-      ema=('generator',) if self.ema_decay else (),
-    )
+    return state_lib.create(params, tx, profile, ema)
 
   # -- training ------------------------------------------------------------
 
@@ -179,27 +173,71 @@ class HatCGAN:
       The new state and a dict of scalar metrics.
     """
     chex.assert_rank(batch['video'], 5)
-    metrics = {}
+    metrics, (b, frames) = {}, batch['video'].shape[:2]
+    turn = self._turn if self.microbatches == 1 else self._turn_in_parts
     for i in range(self.generator_steps):
       rng, rng_forward, rng_real = jax.random.split(rng, 3)
-      forward = lambda params, key=rng_forward: self._forward(
-        params, batch, key
+      real_alpha = jax.random.uniform(rng_real, (b, frames - 1))
+      judgings = 0 if i else self.discriminator_steps
+      state, alpha, turn_metrics = turn(
+        state, batch, real_alpha, rng_forward, judgings
       )
-      out, pull = jax.vjp(forward, state.params['generator'])
-      if i == 0:
-        real_alpha = jax.random.uniform(rng_real, out['alpha'].shape)
-        for _ in range(self.discriminator_steps):
-          state, metrics = self._update_discriminators(
-            state, losses.stop(out), batch, real_alpha
-          )
-      loss = lambda out, state=state: self.generator_loss(out, state, batch)
-      (_, g_metrics), grad_out = jax.value_and_grad(loss, has_aux=True)(out)
-      (grads,) = pull(grad_out)
-      grads = state_lib.pmean(grads, self.axis_name)
-      state = state.apply_gradients(self.tx, generator=grads)
-      metrics |= g_metrics
-    state = self._update_averages(state, out['alpha'], batch)
+      metrics |= turn_metrics
+    state = self._update_averages(state, alpha, batch)
     return state, state_lib.pmean(metrics, self.axis_name)
+
+  def _turn(self, state, batch, real_alpha, rng, judgings):
+    """`judgings` updates of the discriminators, one of the generator.
+
+    Returns:
+      The state, the inferred alpha [B, K] and the metrics.
+    """
+    forward = lambda params: self._forward(params, batch, rng)
+    out, pull = jax.vjp(forward, state.params['generator'])
+    metrics = {}
+    for _ in range(judgings):
+      grads, metrics = self._judge(
+        state.params, losses.stop(out), batch, real_alpha
+      )
+      state = self._update(state, grads)
+    grads, learned = self._learn(state, batch, out, pull)
+    state = self._update(state, grads)
+    return state, out['alpha'], metrics | learned
+
+  def _turn_in_parts(self, state, batch, real_alpha, rng, judgings):
+    """As `_turn`, one microbatch at a time.
+
+    All of them meet the discriminators before any meets the generator, whose
+    forward pass is therefore run twice, with the same keys.
+    """
+    parts = {'batch': batch, 'real_alpha': real_alpha}
+    parts = state_lib.split_batch(parts, self.microbatches)
+    parts['rng'] = jax.random.split(rng, self.microbatches)
+    params, metrics = state.params['generator'], {}
+
+    def generate(part):
+      out = self._forward(params, part['batch'], part['rng'])
+      return out['alpha'].mean(), {k: out[k] for k in ('fake', 'alpha')}
+
+    judge = lambda judges, part: (
+      self._judge(judges, part['out'], part['batch'], part['real_alpha']), ()
+    )
+    if judgings:
+      parts['out'] = state_lib.accumulate(generate, parts)[1]
+    for _ in range(judgings):
+      (grads, metrics), _ = state_lib.accumulate(
+        functools.partial(judge, state.params), parts
+      )
+      state = self._update(state, grads)
+
+    def learn(part):
+      forward = lambda p: self._forward(p, part['batch'], part['rng'])
+      out, pull = jax.vjp(forward, params)
+      return self._learn(state, part['batch'], out, pull), out['alpha']
+
+    (grads, learned), alpha = state_lib.accumulate(learn, parts)
+    state = self._update(state, grads)
+    return state, state_lib.join_batch(alpha), metrics | learned
 
   def _forward(self, params, batch, rng):
     """All generator passes of a step: each face encoded once, frames batched.
@@ -255,13 +293,8 @@ class HatCGAN:
 
   def _jitter(self, codes, rng):
     """Adds N(0, feature_noise) to every level of a U-Net code."""
-    if not self.feature_noise or not self.net.startswith('unet'):
-      return codes
-    keys = jax.random.split(rng, len(codes))
-    return [
-      c + self.feature_noise * jax.random.normal(k, c.shape, c.dtype)
-      for c, k in zip(codes, keys)
-    ]
+    noisy = self.feature_noise and self.net.startswith('unet')
+    return nets.add_noise(codes, self.feature_noise, rng) if noisy else codes
 
   def _bottlenecks(self, codes, residual, rng=None):
     """[B, 1 + K, h, w, C] and [B, h, w, C] -> float32 [.., D], noised."""
@@ -285,7 +318,9 @@ class HatCGAN:
   def _scores(self, params, name, batch, frames):
     """Logits of a discriminator for frames [B, K, H, W, 3]."""
     if name == 'patch_discriminator':
-      images, frames = self._lips(batch, frames)
+      images, frames = lips.pictures(
+        batch['video'][:, 0], frames, batch['lip_mask'], self.patch_crop
+      )
     else:
       images = jnp.repeat(batch['video'][:, :1], frames.shape[1], 1)
     label = jnp.repeat(batch['label'], frames.shape[1])
@@ -293,39 +328,10 @@ class HatCGAN:
       {'params': params}, _fold(images), _fold(frames), label
     )
 
-  def _lips(self, batch, frames):
-    """Both pictures behind their lip masks; cut out where patch_crop > 0.
-
-    The mask of the real frame serves the fake one as well.
-    """
-    masks = batch['lip_mask']
-    images = batch['video'][:, :1] * masks[:, :1]
-    images = jnp.repeat(images, frames.shape[1], 1)
-    frames = frames * masks[:, 1:]
-    if not self.patch_crop:
-      return images, frames
-    weight = masks.max(1)[..., 0]
-    starts = [
-      _cut_start(weight.sum(axis), self.patch_crop) for axis in (2, 1)
-    ]
-    size = self.patch_crop
-    cut = jax.vmap(
-      lambda x, i, j: jax.lax.dynamic_slice(
-        x, (0, i, j, 0), (x.shape[0], size, size, x.shape[3])
-      )
-    )
-    return cut(images, *starts), cut(frames, *starts)
-
   def _gan(self, logits, target, weight=None):
     """Mean GAN loss over samples, weighted per sample."""
     loss = losses.GAN_LOSSES[self.gan_loss](logits, target)
     return loss.mean() if weight is None else (loss * weight).mean()
-
-  def _patch_weight(self, batch):
-    """1 for frames whose lips are known, else 0; [B * K]."""
-    masks = batch['lip_mask']
-    known = masks[:, 1:].any((2, 3, 4)) & masks[:, :1].any((2, 3, 4))
-    return _fold(known.astype(jnp.float32))
 
   def discriminator_loss(self, params, name, out, batch, real_alpha):
     """0.5 (gan(D(fake), 0) + gan(D(real), 1)) of one discriminator."""
@@ -338,23 +344,33 @@ class HatCGAN:
     else:
       fake = self._scores(params, name, batch, out['fake'])
       real = self._scores(params, name, batch, batch['video'][:, 1:])
-      weight = (
-        self._patch_weight(batch) if name == 'patch_discriminator' else None
-      )
+      weight = None
+      if name == 'patch_discriminator':
+        weight = lips.known(batch['lip_mask'])
       scale = 1.0
     fake, real = self._gan(fake, 0.0, weight), self._gan(real, 1.0, weight)
     return scale * 0.5 * (fake + real), {
       f'loss/{name}_fake': fake, f'loss/{name}_real': real,
     }
 
-  def _update_discriminators(self, state, out, batch, real_alpha):
+  def _judge(self, params, out, batch, real_alpha):
+    """(gradients by net name, metrics) of the discriminators."""
     grads, metrics = {}, {}
     for name in self._discriminators:
       grad = jax.grad(self.discriminator_loss, has_aux=True)
-      grads[name], m = grad(state.params[name], name, out, batch, real_alpha)
+      grads[name], m = grad(params[name], name, out, batch, real_alpha)
       metrics |= m
+    return grads, metrics
+
+  def _learn(self, state, batch, out, pull):
+    """(gradients by net name, metrics) of the generator; see `_forward`."""
+    loss = lambda out: self.generator_loss(out, state, batch)
+    (_, metrics), grad_out = jax.value_and_grad(loss, has_aux=True)(out)
+    return {'generator': pull(grad_out)[0]}, metrics
+
+  def _update(self, state, grads):
     grads = state_lib.pmean(grads, self.axis_name)
-    return state.apply_gradients(self.tx, **grads), metrics
+    return state.apply_gradients(self.tx, **grads)
 
   def generator_loss(self, out, state, batch):
     """Adversarial, L1, base reconstruction and alpha terms (spec eq. L_G).
@@ -386,7 +402,7 @@ class HatCGAN:
     ):
       if weight:
         scores = self._scores(state.params[name], name, batch, out['fake'])
-        known = self._patch_weight(batch) if term == 'patch' else None
+        known = lips.known(batch['lip_mask']) if term == 'patch' else None
         metrics[f'loss/{term}'] = self._gan(scores, 1.0, known)
         loss += ramp * weight * metrics[f'loss/{term}']
     if self.lambda_alpha:
@@ -433,12 +449,10 @@ class HatCGAN:
     """Base code and motion of each face, once. inputs: image [B, H, W, 3]."""
     del rng
     params = {'params': state.inference_params('generator')}
-    image = inputs['image']
+    image, apply = inputs['image'], self.generator.apply
     label = inputs.get('label', jnp.zeros(image.shape[0], jnp.int32))
-    apply = self.generator.apply
     return {
-      'image': image,
-      'base': apply(params, image, method='encode_base'),
+      'image': image, 'base': apply(params, image, method='encode_base'),
       'motion': apply(params, image, label, method='encode_motion'),
     }
 
@@ -450,12 +464,10 @@ class HatCGAN:
     if self.noise_dim:
       rng = jax.random.key(0) if rng is None else rng
       noise = jax.random.normal(rng, (chunk.shape[0], self.noise_dim))
-    codes = apply(
-      params, context['base'], context['motion'], chunk, noise,
-      method='transform',
-    )
+    base, motion = context['base'], context['motion']
+    codes = apply(params, base, motion, chunk, noise, method='transform')
     moved = apply(
-      params, context['image'], context['motion'], chunk, method='moved_image'
+      params, context['image'], motion, chunk, method='moved_image'
     )
     frames = apply(params, codes, moved, method='decode')
     return jnp.clip(_unfold(frames, chunk.shape[0]), -1, 1)
@@ -476,9 +488,7 @@ class HatCGAN:
   def infer(self, state, inputs):
     """Alpha [B, T] of frames inputs['driving'] [B, T, H, W, 3], noise-free."""
     params = {'params': state.inference_params('generator')}
-    video = jnp.concatenate(
-      [inputs['image'][:, None], inputs['driving']], 1
-    )
+    video = jnp.concatenate([inputs['image'][:, None], inputs['driving']], 1)
     codes = self.generator.apply(params, _fold(video), method='encode_base')
     label = inputs.get('label', jnp.zeros(video.shape[0], jnp.int32))
     motion = self.generator.apply(
@@ -486,11 +496,3 @@ class HatCGAN:
     )
     bottleneck = _unfold(codes[-1], video.shape[0])
     return self._alpha(*self._bottlenecks(bottleneck, motion['residual'][-1]))
-
-
-def _cut_start(weight, size):
-  """First row (or column) of a cut of `size` centred on the mass [B, N]."""
-  n = weight.shape[1]
-  centre = (weight * jnp.arange(n)).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
-  start = jnp.round(centre - (size - 1) / 2).astype(jnp.int32)
-  return jnp.clip(start, 0, n - size)

@@ -61,21 +61,16 @@ class VideoDiffusion:
   window: int = 0
   ema_decay: float = 0.999
   remat: bool = False
+  microbatches: int = 1
   dtype: str = 'float32'
   axis_name: str | None = None
 
   def __post_init__(self):
-    for name, known in (
-      ('mode', MODES), ('norm', nets.NORMS), ('conv', nets.CONVS),
-      ('schedule', diffusion.SCHEDULES), ('loss', LOSSES),
-      ('prediction', diffusion.PREDICTIONS), ('sampler', SAMPLERS),
-      ('dtype', ('float32', 'bfloat16')),
-    ):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(
-          f'model.{name} is {value!r}. Choose one of: {", ".join(known)}.'
-        )
+    state_lib.check_choices(
+      self, mode=MODES, norm=nets.NORMS, conv=nets.CONVS,
+      schedule=diffusion.SCHEDULES, loss=LOSSES,
+      prediction=diffusion.PREDICTIONS, sampler=SAMPLERS,
+    )
     for name in (
       'strength', 'label_dropout', 'image_fraction', 'dynamic_threshold',
     ):
@@ -147,8 +142,17 @@ class VideoDiffusion:
       The new state and a dict of scalar metrics.
     """
     chex.assert_rank(batch['video'], 5)
-    grad = jax.grad(self.denoiser_loss, has_aux=True)
-    grads, metrics = grad(state.params['denoiser'], batch, rng)
+    grad = lambda task: (
+      jax.grad(self.denoiser_loss, has_aux=True)(
+        state.params['denoiser'], task
+      ), ()
+    )
+    task = self.draw_task(batch, rng)
+    if self.microbatches == 1:
+      (grads, metrics), _ = grad(task)
+    else:
+      tasks = state_lib.split_batch(task, self.microbatches)
+      (grads, metrics), _ = state_lib.accumulate(grad, tasks)
     grads = state_lib.pmean(grads, self.axis_name)
     state = state.apply_gradients(self.tx, denoiser=grads)
     if self.ema_decay:
@@ -159,23 +163,42 @@ class VideoDiffusion:
       state = state.replace(ema={'denoiser': average})
     return state, state_lib.pmean(metrics, self.axis_name)
 
-  def denoiser_loss(self, params, batch, rng):
-    """Weighted error of the predicted noise, x_0 or v; and its metrics."""
+  def draw_task(self, batch, rng):
+    """What is random in a step, drawn for the whole batch.
+
+    Returns:
+      dict: x0 and noise [B, T, H, W, 3], t and label int32 [B] (the null label
+      where it was dropped), and where they are used draft, like x0, and
+      isolate bool [B].
+    """
     x0, draft = self._sorted_clip(batch)
     b = x0.shape[0]
     keys = jax.random.split(rng, 4)
-    t = jax.random.randint(keys[0], (b,), 1, self.num_noise_steps + 1)
-    noise = jax.random.normal(keys[1], x0.shape)
-    label = jnp.where(
-      jax.random.bernoulli(keys[2], self.label_dropout, (b,)),
-      self.num_labels, batch['label'],
-    )
-    isolate = None
+    task = {
+      'x0': x0,
+      't': jax.random.randint(keys[0], (b,), 1, self.num_noise_steps + 1),
+      'noise': jax.random.normal(keys[1], x0.shape),
+      'label': jnp.where(
+        jax.random.bernoulli(keys[2], self.label_dropout, (b,)),
+        self.num_labels, batch['label'],
+      ),
+    }
+    if draft is not None:
+      task['draft'] = draft
     if self.image_fraction:
-      isolate = jax.random.bernoulli(keys[3], self.image_fraction, (b,))
+      task['isolate'] = jax.random.bernoulli(
+        keys[3], self.image_fraction, (b,)
+      )
+    return task
+
+  def denoiser_loss(self, params, task):
+    """Weighted error of the predicted noise, x_0 or v; and its metrics."""
+    x0, t, noise = (task[k] for k in ('x0', 't', 'noise'))
     schedule = self.noise_schedule
     xt = diffusion.add_noise(schedule, x0, noise, t)
-    value = self._predict(params, xt, t, label, draft, isolate)
+    value = self._predict(
+      params, xt, t, task['label'], task.get('draft'), task.get('isolate')
+    )
     target = diffusion.make_target(self.prediction, schedule, x0, noise, t)
     error = LOSSES[self.loss](value, target)
     loss = error

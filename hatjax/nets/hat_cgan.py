@@ -425,3 +425,12 @@ class AlphaDiscriminator(nn.Module):
     for _ in range(2):
       alpha = layers.leaky_relu(layers.Dense(k)(alpha))
     return layers.Dense(1)(alpha)[:, 0]
+
+
+def add_noise(codes, std, rng):
+  """Adds N(0, std) to every level of a code."""
+  keys = jax.random.split(rng, len(codes))
+  return [
+    c + std * jax.random.normal(k, c.shape, c.dtype)
+    for c, k in zip(codes, keys)
+  ]

@@ -1,0 +1,54 @@
+"""The region of the lips: what the patch discriminator sees of a clip.
+
+Masks are float32 [B, 1 + K, H, W, 1] in {0, 1}, the neutral frame first, all
+zero where the lips are unknown.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def known(masks):
+  """1 for later frames whose lips, and the neutral ones, are known, else 0.
+
+  Returns:
+    float32 [B * K].
+  """
+  seen = masks.any((2, 3, 4))
+  return (seen[:, 1:] & seen[:, :1]).astype(jnp.float32).reshape(-1)
+
+
+def pictures(image, frames, masks, crop=0):
+  """The neutral picture and every frame behind their masks.
+
+  The mask of the real frame serves the generated one as well.
+
+  Args:
+    image: [B, H, W, 3], the neutral frame.
+    frames: [B, K, H, W, 3].
+    masks: see the module.
+    crop: side of a cut centred on the lips of the clip; 0 for none.
+
+  Returns:
+    (neutral pictures, frames), both [B, K, H or crop, W or crop, 3].
+  """
+  images = jnp.repeat((image * masks[:, 0])[:, None], frames.shape[1], 1)
+  frames = frames * masks[:, 1:]
+  if not crop:
+    return images, frames
+  weight = masks.max(1)[..., 0]
+  starts = [_cut_start(weight.sum(axis), crop) for axis in (2, 1)]
+  cut = jax.vmap(
+    lambda x, i, j: jax.lax.dynamic_slice(
+      x, (0, i, j, 0), (x.shape[0], crop, crop, x.shape[3])
+    )
+  )
+  return cut(images, *starts), cut(frames, *starts)
+
+
+def _cut_start(weight, size):
+  """First row (or column) of a cut of `size` centred on the mass [B, N]."""
+  n = weight.shape[1]
+  centre = (weight * jnp.arange(n)).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
+  start = jnp.round(centre - (size - 1) / 2).astype(jnp.int32)
+  return jnp.clip(start, 0, n - size)
