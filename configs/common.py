@@ -12,38 +12,43 @@ METHODS = {
   if path.stem != '__init__'
 }
 
+PROFILES = ('4gb',)
+
 
 def parse(arg, default_size, data, default_stages=('hat_cgan',)):
   """Builds a config from '<methods>,<preset>,<image size>', in any order.
 
   Args:
-    arg: such as 'hat_cgan,reference,64'; each part may be left out.
+    arg: such as 'hat_cgan,reference,64,4gb'; each part may be left out.
     default_size: image side when none is given.
     data: (preset, image_size) -> the data set's part of the data block.
     default_stages: methods when none is named.
 
   Returns:
-    ConfigDict with seed, parallel, stages, and one block per stage.
+    ConfigDict with seed, stages, how to run them, and one block per stage.
   """
   words = [w.strip() for w in arg.split(',') if w.strip()]
   stages = tuple(w for w in words if w in METHODS) or default_stages
   presets = {p for m in METHODS.values() for p in m.PRESETS}
   named = [w for w in words if w in presets]
   sizes = [int(w) for w in words if w.isdigit()]
-  left = [
-    w for w in words if w not in (*stages, *named) and not w.isdigit()
-  ]
+  known = (*stages, *named, *PROFILES)
+  left = [w for w in words if w not in known and not w.isdigit()]
   if left or len(named) > 1 or len(sizes) > 1:
     raise ValueError(
       f'Config argument {arg!r}: {(left or words)[0]!r} is not understood. '
       f'Methods: {", ".join(METHODS)}. Presets: {", ".join(sorted(presets))}. '
-      'A number is the image side.'
+      f'Profiles: {", ".join(PROFILES)}. A number is the image side.'
     )
   preset = named[0] if named else 'default'
   size = sizes[0] if sizes else (16 if preset == 'tiny' else default_size)
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.parallel = 'jit'
+  config.parallel = 'jit'         # over all devices; or pmap
+  # '4gb': bfloat16, recomputation, one clip at a time: for small cards.
+  config.profile = next((w for w in words if w in PROFILES), '')
+  config.deterministic = False    # two runs on one GPU equal bit for bit
+  config.compiler_options = 'auto'  # or none, or 'auto,name=value,...'
   config.stages = stages
   for name in stages:
     config[name] = METHODS[name].get_stage(preset, size, data(preset, size))

@@ -5,8 +5,8 @@
 
 Without arguments: our recipe, split by subject. configs/mug.py:paper is the
 paper's run (Hung et al.): direct head, weights 1 and 10, K = 5, 10 test videos
-and all others for training, so subjects are in both. bfloat16 and
-recomputation keep either within 4 GB.
+and all others for training, so subjects are in both. The profile 4gb keeps
+either within 4 GB; on a larger card leave it out with --config.profile=
 """
 
 from configs import common
@@ -23,6 +23,6 @@ def get_config(arg=''):
     if stage.data.split == 'by_video_train':
       stage.train.val_split = 'by_video_test'
     if stage.data.image_size >= 128:
-      stage.model.update(dtype='bfloat16', remat=True)
+      config.profile = '4gb'
       stage.data.num_frames = 5
   return config

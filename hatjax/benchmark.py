@@ -21,6 +21,7 @@ data reads the config's records and runs the training loop on them. In the JSON:
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -36,7 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from hatjax import config_flag, data, parallel, runs, timing, video
+from hatjax import config_flag, data, methods, parallel, runs, timing, video
+from hatjax import report as report_lib
 from hatjax.nets import layers
 
 MODES = ('train', 'generate', 'data')
@@ -58,6 +60,7 @@ class Options:
   warmup: int = 3
   num_frames: int = 0
   data_dir: str | None = None
+  trace: str | None = None
 
   def __post_init__(self):
     for name, known in (('mode', MODES), ('lowering', layers.LOWERINGS)):
@@ -119,7 +122,7 @@ def _make_method(stage, labels=_LABELS):
   )
 
 
-def _make_case(config, stage, devices, options):
+def _make_case(stage, make_runner, options):
   """(Case, frames per video) of the modes train and generate."""
   method, example = _make_method(stage), runs.example_batch(stage)
   if options.mode == 'train':
@@ -133,29 +136,32 @@ def _make_case(config, stage, devices, options):
     known = {**example, 'image': image, 'driving': clip, 'draft': clip}
     inputs = {key: known[key] for key in method.reads}
 
-  def make_runner():
+  def make():
     method = _make_method(stage)
     if options.mode == 'generate':
       method = _Animate(method=method, num_frames=frames)
-    return parallel.Runner(
-      method, _prepare, mode=config['parallel'], devices=devices
-    )
+    return make_runner(method, _prepare)
 
   batches = [_random_batch(inputs, seed) for seed in range(4)]
-  case = timing.Case(make_runner=make_runner, example=example, batches=batches)
+  case = timing.Case(make_runner=make, example=example, batches=batches)
   return case, frames
 
 
-def _measure_steps(config, stage, devices, options):
+def _measure_steps(config, stage, make_runner, options):
   """The row of a batch size in the modes train and generate."""
-  case, frames = _make_case(config, stage, devices, options)
+  del config
+  case, frames = _make_case(stage, make_runner, options)
   row, runner, state = timing.measure(case, options.steps, options.warmup)
+  if options.trace:
+    name = f'{stage["method"]}_{stage["data"]["batch_size"]}'
+    folder = str(pathlib.Path(options.trace) / name)
+    state = timing.trace(runner, state, case.batches, folder)
   videos = stage['data']['batch_size'] / row['step_seconds_median']
   row |= {
     'num_frames': frames, 'videos_per_second': videos,
     'frames_per_second': videos * frames,
   }
-  if options.mode == 'generate' and len(devices) == 1:
+  if options.mode == 'generate' and len(runner.devices) == 1:
     state = runner.fetch(state)
     row |= _time_parts(
       runner.method.method, state, case.batches, frames, options
@@ -194,7 +200,7 @@ def _time_parts(method, state, batches, num_frames, options):
   return dict(zip(('encode_seconds_median', 'decode_seconds_median'), medians))
 
 
-def _measure_input(config, stage, devices, options):
+def _measure_input(config, stage, make_runner, options):
   """Rows of mode data: streamed, and resident where the frames fit."""
   settings = {
     **stage['data'], 'seed': config['seed'], 'directory': options.data_dir,
@@ -202,19 +208,18 @@ def _measure_input(config, stage, devices, options):
   fits = data.make_batches(**settings).resident
   for resident, kind in (('no', 'streamed'), ('yes', 'resident'))[: 1 + fits]:
     batches = data.make_batches(**{**settings, 'resident': resident})
-    row = _time_input(config, stage, batches, devices, options)
+    row = _time_input(stage, batches, make_runner, options)
     yield {'input': kind, **row}
 
 
-def _time_input(config, stage, batches, devices, options):
+def _time_input(stage, batches, make_runner, options):
   """Times the pipeline alone, then the training loop on it."""
   steps, stream = options.steps, batches.iterate()
   first, later = _time_fetches(stream, steps), _time_fetches(stream, steps)
   train = stage['train']
-  runner = parallel.Runner(
+  runner = make_runner(
     _make_method(stage, batches.labels), batches.prepare,
-    batches.resident_frames(), config['parallel'], devices,
-    train.get('dispatch', 'auto'),
+    batches.resident_frames(), dispatch=train.get('dispatch', 'auto'),
   )
   chunk = math.gcd(steps, train.get('steps_per_dispatch', 1))
   done = (runner.init(jax.random.key(0), batches.example()), {})
@@ -284,39 +289,67 @@ def benchmark(config, options, show=lambda line: None):
   }
   for name, value in report['machine'].items():
     show(f'{name.replace("_", " ")}: {value}')
+  # Without the profile or determinism too: what do they cost?
+  plain = {**config, 'profile': '', 'deterministic': False}
+  words = (config.get('profile'), 'deterministic')
+  words = filter(None, words if config.get('deterministic') else words[:1])
+  label = ' '.join(words)
+  variants = {'': plain, label: config} if label else {'': config}
   for name in config['stages']:
-    stages = _stages(config[name], options)
-    method = _make_method(stages[0])
-    for stage in stages:
-      parallel.Runner(method, _prepare, devices=devices).check_batch_size(
-        stage['data']['batch_size']
-      )
-    dtype, peaks = getattr(method, 'dtype', 'float32'), report['peaks']
-    if options.mode != 'data' and dtype not in peaks:
-      peaks[dtype] = timing.measure_peak(dtype, devices)
-      rate = peaks[dtype]['flops_per_second'] / 1e9
-      show(f'matrix products in {dtype}: {rate:.4g} GFLOP/s')
-    size = stages[0]['data']['image_size']
-    show(f'\n{name}: {options.mode}, {size}x{size}, {dtype}')
-    show(_line(options.mode))
-    for row in _measure_stage(config, stages, devices, options, show):
-      row = {'stage': name, 'mode': options.mode, 'dtype': dtype, **row}
-      if row.get('flops'):
-        peak = peaks[dtype]['flops_per_second']
-        row['share_of_peak'] = row['flops_per_second'] / peak
-      report['rows'].append(row)
-      show(_line(options.mode, row))
+    rows = []
+    for label, variant in variants.items():
+      rows.append(list(_measure_variant(variant, name, options, report, show)))
+      for row in rows[-1]:
+        row['variant'] = label
+      report['rows'] += rows[-1]
+    if label:
+      for line in report_lib.compare(*rows):
+        show(line)
   return report
 
 
-def _measure_stage(config, stages, devices, options, show):
+def _measure_variant(config, name, options, report, show):
+  """Shows and yields the rows of one stage of a config."""
+  devices = _devices(options.devices)
+  make_runner = functools.partial(
+    parallel.Runner, mode=config['parallel'], devices=devices,
+    options=parallel.compiler_options(
+      config.get('compiler_options', 'auto'),
+      config.get('deterministic', False), show,
+    ),
+  )
+  stages = _stages(config, name, options, len(devices))
+  for stage in stages:
+    make_runner(_make_method(stage), _prepare).check_batch_size(
+      stage['data']['batch_size']
+    )
+  dtype = getattr(_make_method(stages[0]), 'dtype', 'float32')
+  peaks = report['peaks']
+  if options.mode != 'data' and dtype not in peaks:
+    peaks[dtype] = timing.measure_peak(dtype, devices)
+    rate = peaks[dtype]['flops_per_second'] / 1e9
+    show(f'matrix products in {dtype}: {rate:.4g} GFLOP/s')
+  size, profile = stages[0]['data']['image_size'], config.get('profile')
+  title = [f'{size}x{size}', dtype, profile and f'profile {profile}']
+  show(f'\n{name}: {options.mode}, {", ".join(filter(None, title))}')
+  show(report_lib.line(options.mode))
+  for row in _measure_stage(config, stages, make_runner, options, show):
+    row = {'stage': name, 'mode': options.mode, 'dtype': dtype, **row}
+    if row.get('flops'):
+      peak = peaks[dtype]['flops_per_second']
+      row['share_of_peak'] = row['flops_per_second'] / peak
+    show(report_lib.line(options.mode, row))
+    yield row
+
+
+def _measure_stage(config, stages, make_runner, options, show):
   """Rows of a stage, until a batch size is too large for the device."""
   measure = _measure_input if options.mode == 'data' else _measure_steps
   for stage in stages:
     size = stage['data']['batch_size']
     try:
       with layers.lowering(options.lowering):
-        for row in measure(config, stage, devices, options):
+        for row in measure(config, stage, make_runner, options):
           yield {'batch_size': size, **row}
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
@@ -336,91 +369,17 @@ def _devices(count):
   return devices[: count or None]
 
 
-def _stages(stage, options):
+def _stages(config, name, options, num_devices):
   """The stage with each batch size, small to large, and the chosen dtype."""
+  stage, stages = config[name], []
   sizes = options.batch_sizes or (stage['data']['batch_size'],)
-  model = dict(stage['model'])
-  if options.dtype:
-    model['dtype'] = options.dtype
-  return [
-    {**stage, 'model': model, 'data': {**stage['data'], 'batch_size': size}}
-    for size in sorted(set(sizes))
-  ]
-
-
-# -- what is shown -----------------------------------------------------------
-
-# Title, key of the row, unit.
-_STEP_COLUMNS = (
-  ('batch', 'batch_size', 1),
-  ('compile s', 'compile_seconds', 1),
-  ('first s', 'first_step_seconds', 1),
-  ('median ms', 'step_seconds_median', 1e-3),
-  ('p90 ms', 'step_seconds_p90', 1e-3),
-  ('videos/s', 'videos_per_second', 1),
-  ('frames/s', 'frames_per_second', 1),
-  ('GFLOP', 'flops', 1e9),
-  ('GFLOP/s', 'flops_per_second', 1e9),
-  ('% peak', 'share_of_peak', 0.01),
-  ('GB moved', 'bytes_accessed', 1e9),
-  ('GiB', 'compiled_peak_bytes', 2**30),
-  ('GiB real', 'device_peak_bytes', 2**30),
-)
-_INPUT_COLUMNS = (
-  ('batch', 'batch_size', 1),
-  ('input', 'input', None),
-  ('first b/s', 'first_batches_per_second', 1),
-  ('batches/s', 'batches_per_second', 1),
-  ('step ms', 'step_seconds_mean', 1e-3),
-  ('fetch ms', 'fetch_seconds_mean', 1e-3),
-  ('% waits', 'waiting_share', 0.01),
-  ('videos/s', 'videos_per_second', 1),
-  ('frames/s', 'frames_per_second', 1),
-)
-
-
-def _line(mode, row=None):
-  """A row as a line of the table, or the line of the titles."""
-  cells = []
-  for title, key, unit in _INPUT_COLUMNS if mode == 'data' else _STEP_COLUMNS:
-    value = title if row is None else row.get(key)
-    if value is None:
-      value = '-'
-    elif not isinstance(value, str):
-      value /= unit
-      value = f'{value:.4g}' if value < 1000 else f'{value:.0f}'
-    cells.append(f'{value:>9}')
-  return ' '.join(cells)
-
-
-def plot(report, path):
-  """Frames per second against batch size; dashed: linear growth."""
-  from matplotlib import figure  # Slow to import.
-
-  fig = figure.Figure(figsize=(6, 4), layout='constrained')
-  axis = fig.subplots()
-  curves = {}
-  for row in report['rows']:
-    name = ' '.join(row[k] for k in ('stage', 'input') if k in row)
-    point = (row['batch_size'], row['frames_per_second'])
-    curves.setdefault(name, []).append(point)
-  for name, points in curves.items():
-    x, y = np.array(points, float).T
-    (line,) = axis.plot(x, y, 'o-', label=name)
-    axis.plot(x, x * y[0] / x[0], '--', color=line.get_color(), linewidth=0.8)
-  axis.set_xscale('log', base=2)
-  axis.set_yscale('log', base=2)
-  for side in (axis.xaxis, axis.yaxis):
-    side.set_major_formatter('{x:g}')  # Not as powers of two.
-  machine = report['machine']
-  axis.set(
-    xlabel='batch size', ylabel='frames per second',
-    title=f'{report["options"]["mode"]}, {machine["devices"]} x '
-    f'{machine["device"]}',
-  )
-  axis.legend()
-  axis.grid(alpha=0.3)
-  fig.savefig(path, dpi=110)
+  for size in sorted(set(sizes)):
+    block = {**stage['data'], 'batch_size': size}
+    sized = methods.settle(config, {**stage, 'data': block}, num_devices)
+    if options.dtype:
+      sized['model']['dtype'] = options.dtype
+    stages.append(sized)
+  return stages
 
 
 # -- the command -------------------------------------------------------------
@@ -442,6 +401,8 @@ def _define():
   integer('steps', d.steps, 'Timed steps (or videos, or batches).')
   integer('warmup', d.warmup, 'Steps before them, besides the first.')
   integer('num_frames', d.num_frames, 'Per generated video; default 20.')
+  string('trace', d.trace, 'Folder for a profile of three steps, to be opened '
+         'with tensorboard --logdir or xprof; not in mode data.')
   string('data_dir', d.data_dir, 'Where the records live; only for mode data.')
   string('json', None, 'Where the numbers go; a plot beside it: out.json and '
          'out.png.')
@@ -473,7 +434,7 @@ def _run(config):
   )
   if path:
     path.write_text(json.dumps(report, indent=2) + '\n')
-    plot(report, path.with_suffix('.png'))
+    report_lib.plot(report, path.with_suffix('.png'))
     print(f'\nWritten: {path} and {path.with_suffix(".png")}')
 
 

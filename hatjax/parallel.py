@@ -12,6 +12,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
+# What 'auto' means. On CPU: matrix products through YNNPACK.
+COMPILER_OPTIONS = {
+  'cpu': {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'},
+}
+# No atomics, and no kernel chosen by the stop watch. Others need nothing.
+DETERMINISTIC_OPTIONS = {'gpu': {'xla_gpu_deterministic_ops': True}}
 # For programs that run once: compiling takes longer than running.
 QUICK_COMPILE = {
   'xla_backend_optimization_level': 0,
@@ -45,6 +51,62 @@ def join_processes():
     jax.distributed.initialize()
 
 
+def compiler_options(setting='auto', deterministic=False, show=print):
+  """What XLA is told when it compiles the programs of a run.
+
+  Args:
+    setting: 'auto' (what suits the platform), '' (nothing), or such as
+      'auto,xla_cpu_enable_fast_min_max=true'; or a mapping.
+    deterministic: two runs on one GPU are to be equal bit for bit.
+    show: takes a line on the result, one per option that XLA does not know
+      (which is left out), and one where `deterministic` changes nothing.
+
+  Returns:
+    dict for `jax.jit(compiler_options=...)`.
+
+  Raises:
+    ValueError: the setting cannot be read, or a value is wrong.
+  """
+  platform = jax.default_backend()
+  options = {}
+  words = setting
+  if isinstance(setting, str):
+    words = [word.strip() for word in setting.split(',') if word.strip()]
+    words = dict(word.partition('=')[::2] for word in words)
+  for name, value in words.items():
+    if name == 'auto':
+      options |= COMPILER_OPTIONS.get(platform, {})
+    elif value == '':
+      raise ValueError(
+        f"config.compiler_options: {name!r} has no value. Write 'auto', or "
+        'name=value with commas between.'
+      )
+    else:
+      options[name] = value
+  if deterministic:
+    needed = DETERMINISTIC_OPTIONS.get(platform, {})
+    if not needed:
+      show(f'deterministic: nothing to add on a {platform}, which repeats.')
+    options |= needed
+  options = {k: v for k, v in options.items() if _is_known(k, v, show)}
+  shown = ', '.join(f'{k}={v}' for k, v in options.items())
+  show(f'compiler options: {shown or "none"}')
+  return options
+
+
+def _is_known(name, value, show):
+  try:
+    probe = jax.jit(lambda x: x + 1, compiler_options={name: value})
+    probe.lower(jnp.zeros(())).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'No such compile option' not in str(error):
+      reason = str(error).splitlines()[0]
+      raise ValueError(f'config.compiler_options: {reason}') from error
+    show(f'note: compiler option {name} is unknown here and left out.')
+    return False
+  return True
+
+
 class Runner:
   """Initializes, steps and moves the state of a method over the devices.
 
@@ -57,11 +119,12 @@ class Runner:
     dispatch: how several steps are dispatched: 'scan' as one program, 'loop'
       one by one, 'auto': loop on CPU, where XLA runs a rolled training step
       ten times slower, scan elsewhere.
+    options: for the compiler of the step; see `compiler_options`.
   """
 
   def __init__(
     self, method, prepare, resident=None, mode='jit', devices=None,
-    dispatch='auto',
+    dispatch='auto', options=None,
   ):
     if mode not in MODES:
       raise ValueError(
@@ -72,7 +135,7 @@ class Runner:
       raise ValueError('config.parallel: several processes need jit.')
     if dispatch == 'auto':
       dispatch = 'loop' if self.devices[0].platform == 'cpu' else 'scan'
-    self.mode, self.dispatch = mode, dispatch
+    self.mode, self.dispatch, self.options = mode, dispatch, options or {}
     if mode == 'pmap':
       method = dataclasses.replace(method, axis_name=AXIS)
     self.method, self._prepare = method, prepare
@@ -84,10 +147,11 @@ class Runner:
     resident = resident or {}
     if mode == 'pmap':
       self._resident = jax.tree.map(self._copies, resident)
-      self._step = jax.pmap(
+      self._pmapped = jax.pmap(
         self._one, AXIS, in_axes=(0, 0, 0, None), devices=self.devices,
         donate_argnums=0,
       )
+      self._step = self._compile_and_step
     else:
       self._resident = self._global(resident, PartitionSpec())
       if jax.process_count() == 1:
@@ -111,8 +175,14 @@ class Runner:
     batch = NamedSharding(self._mesh, batch_spec)
     return jax.jit(
       function, donate_argnums=0, in_shardings=(r, batch, r, r),
-      out_shardings=(r, r),
+      out_shardings=(r, r), compiler_options=self.options,
     )
+
+  def _compile_and_step(self, *args):
+    """pmap takes no compiler options, but its compiled program does."""
+    lowered = self._pmapped.lower(*args)
+    self._step = lowered.compile(compiler_options=self.options)
+    return self._step(*args)
 
   def _one(self, state, batch, resident, rng):
     """Step k with the key fold_in(rng, k)."""
@@ -201,11 +271,14 @@ class Runner:
     return state, metrics
 
   def lower(self, state, batch, rng):
-    """One step on a host batch, lowered: `.compile()` tells what it costs."""
+    """One step on a host batch, lowered: `.compile()` tells what it costs.
+
+    Under pmap hand `.compile` the compiler options; jit knows them.
+    """
     if self.mode == 'pmap':
       batch = jax.tree.map(self._shard, batch)
-    else:
-      batch = self._global(batch, PartitionSpec(AXIS))
+      return self._pmapped.lower(state, batch, self._resident, rng)
+    batch = self._global(batch, PartitionSpec(AXIS))
     return self._step.lower(state, batch, self._resident, rng)
 
   def _shard(self, x):

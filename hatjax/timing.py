@@ -69,6 +69,15 @@ def measure(case, steps, warmup):
   return row, runner, state
 
 
+def trace(runner, state, batches, folder, steps=3):
+  """Writes a profile of a few steps (jax.profiler); returns the state."""
+  with jax.profiler.trace(folder):
+    for k in range(steps):
+      batch = batches[k % len(batches)]
+      state, _ = _one_step(runner, state, batch, jax.random.key(1))
+  return state
+
+
 def _one_step(runner, state, batch, rng):
   begin = time.perf_counter()
   state, _ = jax.block_until_ready(runner.step(state, [batch], rng))
@@ -106,7 +115,7 @@ def _compile(case, rng):
   times.append(time.perf_counter())
   lowered = runner.lower(state, case.batches[0], rng)
   times.append(time.perf_counter())
-  compiled = lowered.compile()
+  compiled = lowered.compile(compiler_options=runner.options or None)
   times.append(time.perf_counter())
   names = ('init_seconds', 'trace_seconds', 'compile_seconds')
   row = dict(zip(names, np.diff(times).tolist()))

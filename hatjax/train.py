@@ -14,7 +14,15 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from hatjax import config_flag, data, parallel, prepare, runs, workdir
+from hatjax import (
+  config_flag,
+  data,
+  methods,
+  parallel,
+  prepare,
+  runs,
+  workdir,
+)
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
@@ -83,7 +91,8 @@ def train(config, folder, data_dir=None):
   # workdir is made and a device is touched.
   parts = []
   for name in config['stages']:
-    block = config[name]
+    block = methods.settle(config, config[name])
+    config = {**config, name: block}
     prepare.ensure_synthetic(block['data'].get('name', ''), data_dir)
     batches = _call(
       data.make_batches, f'{name}.data', seed=config['seed'],
@@ -94,13 +103,17 @@ def train(config, folder, data_dir=None):
     method = runs.make_method(block, info, batches.image_size, epoch)
     parts.append((name, block, batches, method))
   config = {**config, 'info': info}
+  options = parallel.compiler_options(
+    config.get('compiler_options', 'auto'), config.get('deterministic', False),
+    print if jax.process_index() == 0 else lambda line: None,
+  )
   root = jax.random.key(config['seed'])
   states = {}
   with workdir.open_workdir(folder, config) as folder:
     for name, block, batches, method in parts:
       run = workdir.Run(folder / name, block['train'].get('keep', 3))
       try:
-        stage = _Stage(config, block, batches, method, run, data_dir)
+        stage = _Stage(config, block, batches, method, run, data_dir, options)
         states[name] = _train_stage(stage, root)
       finally:
         run.close()
@@ -132,13 +145,13 @@ def describe(batches):
 class _Stage:
   """One stage being trained: what the loop below does between steps."""
 
-  def __init__(self, config, stage, batches, method, run, data_dir):
+  def __init__(self, config, stage, batches, method, run, data_dir, options):
     self.settings, self.run = stage['train'], run
     self.batches = batches
     self.runner = parallel.Runner(
       method, batches.prepare, batches.resident_frames(),
       config.get('parallel', 'jit'),
-      dispatch=self.settings.get('dispatch', 'auto'),
+      dispatch=self.settings.get('dispatch', 'auto'), options=options,
     )
     self.runner.check_batch_size(batches.batch_size)
     validation = data.make_batches(

@@ -5,6 +5,8 @@ import dataclasses
 import inspect
 from typing import Protocol
 
+import jax
+
 from hatjax import optim
 from hatjax.methods import hat_cgan, video_diffusion
 
@@ -12,6 +14,9 @@ METHODS = {
   'hat_cgan': hat_cgan.HatCGAN,
   'video_diffusion': video_diffusion.VideoDiffusion,
 }
+
+# What a profile sets in the model block, where the method has it.
+PROFILES = {'': {}, '4gb': {'dtype': 'bfloat16', 'remat': True}}
 
 
 class Method(Protocol):
@@ -73,6 +78,36 @@ def make(stage, steps_per_epoch=1, **model):
       **{'steps_per_epoch': steps_per_epoch, **dict(block)}
     )
   return cls(tx=tx, **settings)
+
+
+def settle(config, stage, num_devices=None):
+  """A stage with what the config's profile and determinism mean for it.
+
+  Args:
+    config: mapping; of it `profile` ('4gb': bfloat16, recomputation, and one
+      clip at a time) and `deterministic`.
+    stage: one of its stages.
+    num_devices: which share a batch; default all.
+
+  Raises:
+    ValueError: unknown profile.
+  """
+  profile = config.get('profile', '')
+  if profile not in PROFILES:
+    known = ', '.join(filter(None, PROFILES))
+    raise ValueError(
+      f"config.profile is {profile!r}. Choose one of: {known}, or '' for none."
+    )
+  changes = dict(PROFILES[profile])
+  if profile and dict(stage['model']).get('microbatches', 1) == 1:
+    share = stage['data']['batch_size'] // (num_devices or jax.device_count())
+    changes['microbatches'] = max(1, share)
+  if config.get('deterministic'):
+    changes['deterministic'] = True
+  cls = METHODS.get(stage['method'])
+  fields = {f.name for f in dataclasses.fields(cls)} if cls else set()
+  changes = {k: v for k, v in changes.items() if k in fields}
+  return {**stage, 'model': {**stage['model'], **changes}}
 
 
 def _tuples(value):

@@ -71,6 +71,7 @@ class HatCGAN:
   ema_decay: float = 0.0
   remat: bool = False
   microbatches: int = 1
+  deterministic: bool = False
   dtype: str = 'float32'
   axis_name: str | None = None
 
@@ -118,6 +119,7 @@ class HatCGAN:
       embedding_dim=self.embedding_dim, noise_dim=self.noise_dim,
       dropout=self.dropout, warp_sizes=self.warp_sizes, remat=self.remat,
       dtype=jnp.dtype(self.dtype),
+      warp_form='matrix' if self.deterministic else 'auto',
     )
 
   @property

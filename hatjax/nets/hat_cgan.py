@@ -213,6 +213,7 @@ class Generator(nn.Module):
     num_labels: 0 gives the unconditional form.
     warp_sizes: smallest and largest side of the levels that are warped.
     remat: recompute the nets in the backward pass to save memory.
+    warp_form: see `warp.warp_parts`.
   """
 
   net: str = 'unet_256'
@@ -226,6 +227,7 @@ class Generator(nn.Module):
   dropout: float = 0.5
   warp_sizes: tuple[int, int] = (8, 64)
   mask_bias: float = -2.0
+  warp_form: str = 'auto'
   remat: bool = False
   dtype: jnp.dtype = jnp.float32
 
@@ -257,7 +259,7 @@ class Generator(nn.Module):
     if self.num_labels:
       # Unit variance: labels part ways early, though what reads them starts
       # at zero.
-      self.embed = nn.Embed(
+      self.embed = layers.Embed(
         self.num_labels, self.embedding_dim,
         embedding_init=nn.initializers.normal(1.0),
       )
@@ -336,7 +338,7 @@ class Generator(nn.Module):
     if 'dtheta' not in motion or not smallest <= h.shape[1] <= largest:
       return h[:, None]
     theta, maps = self._theta_and_maps(h, motion, alpha)
-    return warp.warp_parts(h, theta, maps.astype(h.dtype))
+    return warp.warp_parts(h, theta, maps.astype(h.dtype), self.warp_form)
 
   def _theta_and_maps(self, image, motion, alpha):
     dtheta = motion['dtheta']
@@ -406,7 +408,7 @@ class PatchDiscriminator(nn.Module):
     logits = layers.Conv(1, kernel, pad=pad, dtype=self.dtype)(x)[..., 0]
     if self.num_labels:
       zeros = nn.initializers.zeros
-      embedding = nn.Embed(
+      embedding = layers.Embed(
         self.num_labels, x.shape[-1], embedding_init=zeros
       )(label)
       score = jnp.einsum('nhwc,nc->nhw', x, embedding.astype(x.dtype))

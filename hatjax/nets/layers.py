@@ -125,12 +125,13 @@ def upsample_conv(x, kernel):
   # Each output parity sees two inputs per axis: one 2x..x2 convolution makes
   # all parities at once, then they are shifted and interleaved.
   features = kernel.shape[-1]
-  taps = jnp.array([[3, 1], [2, 0]])  # parity -> kernel taps of x[i-1], x[i]
   phases = []
   for parity in itertools.product((0, 1), repeat=nd):
     phase = kernel
     for axis, p in enumerate(parity):
-      phase = jnp.take(phase, taps[p], axis=axis)
+      # Taps of x[i-1], x[i]: 3, 1 for the even outputs, 2, 0 for the odd.
+      taps = lax.slice_in_dim(phase, 1 - p, 4, 2, axis)
+      phase = jnp.flip(taps, axis)
     phases.append(phase)
   x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
   y = _convolve(x, jnp.concatenate(phases, -1), (1,) * nd, 'VALID')
@@ -211,6 +212,21 @@ class Dense(nn.Module):
     return nn.Dense(
       self.features, kernel_init=self.kernel_init, dtype=self.dtype
     )(x)
+
+
+class Embed(nn.Embed):
+  """Rows of a table as a product: its gradient has no scatter, whose order
+  of summing varies from run to run on a GPU. Few rows only."""
+
+  def __call__(self, index):
+    """int [...] -> [..., features]."""
+    return pick_rows(self.embedding, index)
+
+
+def pick_rows(table, index):
+  """table[index], exactly, by a product with ones and zeros."""
+  rows = jax.nn.one_hot(index, len(table), dtype=table.dtype)
+  return jnp.einsum('...n,nd->...d', rows, table, precision='highest')
 
 
 def instance_norm(x, eps=1e-5):

@@ -409,7 +409,7 @@ class UNet3D(nn.Module):
     cond = jax.nn.gelu(cond, approximate=False)
     cond = _dense(features, jnp.float32)(cond)
     if self.num_labels:
-      table = nn.Embed(
+      table = layers.Embed(
         self.num_labels + 1, self.dim,
         embedding_init=nn.initializers.normal(1.0), name='labels',
       )
@@ -421,4 +421,5 @@ class UNet3D(nn.Module):
     table = self.param(
       'frame_bias', nn.initializers.normal(1.0), (BUCKETS, self.heads)
     )
-    return table[bucket_distances(num_frames)].transpose(2, 0, 1)
+    bias = layers.pick_rows(table, bucket_distances(num_frames))
+    return bias.transpose(2, 0, 1)
