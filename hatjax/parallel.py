@@ -82,7 +82,8 @@ def compiler_options(setting='auto', deterministic=False, show=print):
         'name=value with commas between.'
       )
     else:
-      options[name] = value
+      booleans = {'true': True, 'false': False}
+      options[name] = booleans.get(str(value).lower(), value)
   if deterministic:
     needed = DETERMINISTIC_OPTIONS.get(platform, {})
     if not needed:
@@ -284,6 +285,17 @@ class Runner:
   def _shard(self, x):
     n = len(self.devices)
     return x.reshape(n, len(x) // n, *x.shape[1:])
+
+
+def first_process(function):
+  """Calls a function in the first process; the others wait for it."""
+  if not jax.distributed.is_initialized():
+    return function()
+  from jax.experimental import multihost_utils
+
+  result = function() if jax.process_index() == 0 else None
+  multihost_utils.sync_global_devices(function.__name__)
+  return result
 
 
 def any_process(flag):

@@ -93,7 +93,7 @@ def train(config, folder, data_dir=None):
   for name in config['stages']:
     block = methods.settle(config, config[name])
     config = {**config, name: block}
-    prepare.ensure_synthetic(block['data'].get('name', ''), data_dir)
+    _ensure_records(block['data'].get('name', ''), data_dir)
     batches = _call(
       data.make_batches, f'{name}.data', seed=config['seed'],
       directory=data_dir, **block['data'],
@@ -118,6 +118,15 @@ def train(config, folder, data_dir=None):
       finally:
         run.close()
   return states
+
+
+def _ensure_records(name, data_dir):
+  """Makes synthetic records where they are missing."""
+  def make():
+    return prepare.ensure_synthetic(name, data_dir)
+
+  if name.startswith('synthetic/'):
+    parallel.first_process(make)
 
 
 def _call(function, block, **kwargs):

@@ -1,0 +1,202 @@
+"""One step, however it is spread: devices, processes, compiler options."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import test_methods
+import test_pipeline
+
+from configs import common, mug
+from hatjax import methods, parallel, warp
+from hatjax.methods import video_diffusion
+from hatjax.nets import layers
+
+HERE = pathlib.Path(__file__).resolve().parent
+STAGES = test_methods.tiny_stages()
+
+
+# -- devices ------------------------------------------------------------------
+
+
+class Settled(video_diffusion.VideoDiffusion):
+  """Takes its noise from the clip, so that devices cannot disagree on it."""
+
+  def draw_task(self, batch, rng):
+    x0, _ = self._sorted_clip(batch)
+    t = 1 + batch['subject'] % self.num_noise_steps
+    return {'x0': x0, 'noise': x0[:, ::-1], 't': t, 'label': batch['label']}
+
+
+def compare_devices():
+  """One step on 1 and 8 devices, jit and pmap; run by the test below."""
+  parallel.enable_compilation_cache()
+  for stage in STAGES:
+    changes = {}
+    if stage['method'] == 'hat_cgan':
+      changes['lambda_alpha'] = 0.0  # Its real samples are random.
+    else:
+      methods.METHODS['video_diffusion'] = Settled
+    method, start, batch = test_methods.still(stage, 8, **changes)
+    start, results = jax.device_get(start), []
+    for mode, count in (('jit', 1), ('jit', 8), ('pmap', 8)):
+      runner = parallel.Runner(
+        method, test_methods.identity, mode=mode,
+        devices=jax.devices()[:count],
+      )
+      state, metrics = runner.step(
+        runner.place(start), [batch], jax.random.key(1)
+      )
+      for leaf in jax.tree.leaves(state.params) if mode == 'pmap' else ():
+        leaf = np.asarray(leaf)
+        np.testing.assert_array_equal(leaf, leaf[:1].repeat(count, 0))
+      results.append(jax.device_get((runner.fetch(state), metrics)))
+    (one, expected), *others = results
+    for state, metrics in others:
+      test_methods.assert_same_gradients(one, state)
+      for name, value in metrics.items():
+        np.testing.assert_allclose(
+          value, expected[name], 1e-5, 1e-5, err_msg=name
+        )
+    print(f'{stage["method"]}: equal on {len(jax.devices())} devices')
+
+
+def test_eight_devices_equal_one():
+  flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  path = os.pathsep.join([str(HERE), str(HERE.parent)])
+  out = subprocess.run(
+    [sys.executable, '-c',
+     'import test_parallel; test_parallel.compare_devices()'],
+    env={**os.environ, **flags, 'PYTHONPATH': path}, cwd=HERE,
+    capture_output=True, text=True,
+  )
+  assert out.returncode == 0, out.stderr[-3000:]
+  for stage in STAGES:
+    assert f'{stage["method"]}: equal on 8 devices' in out.stdout
+
+
+# -- processes ----------------------------------------------------------------
+
+
+def test_two_processes_equal_one(toy_records, tmp_path):
+  quiet = [
+    f'--config.hat_cgan.model.{name}=0.0' for name in
+    ('dropout', 'feature_noise')
+  ]
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  runs = []
+  for index in (0, 1):
+    command = test_pipeline.command(
+      toy_records, tmp_path / 'two', 4, *quiet, '--distributed'
+    )
+    command['env'] |= {
+      'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+      'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(index),
+    }
+    runs.append(subprocess.Popen(**command))
+  for run in runs:
+    _, err = run.communicate(timeout=240)
+    assert run.returncode == 0, err[-3000:]
+  command = test_pipeline.command(toy_records, tmp_path / 'one', 4, *quiet)
+  command['env'] |= {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  one = subprocess.run(**command)
+  assert one.returncode == 0, one.stderr
+  diffs = [
+    np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(
+      test_pipeline.parameters(tmp_path / 'one'),
+      test_pipeline.parameters(tmp_path / 'two'),
+    )
+  ]
+  assert max(diffs) < 1e-6, max(diffs)
+
+
+# -- compiler options, determinism, profiles ----------------------------------
+
+
+def test_compiler_options_are_read_and_unknown_ones_left_out():
+  lines = []
+  read = lambda setting: parallel.compiler_options(setting, show=lines.append)
+  auto = parallel.COMPILER_OPTIONS['cpu']
+  assert read('auto') == auto and read('') == {}
+  assert lines[-1] == 'compiler options: none'
+  both = 'auto, xla_cpu_enable_fast_min_max=true'
+  assert read(both) == {**auto, 'xla_cpu_enable_fast_min_max': True}
+  assert read({'xla_no_such_thing': 1}) == {}
+  assert lines[-2] == (
+    'note: compiler option xla_no_such_thing is unknown here and left out.'
+  )
+  for setting, message in (
+    ('xla_cpu_enable_fast_min_max=maybe', 'not a valid bool'),
+    ('fast', "'fast' has no value"),
+  ):
+    with pytest.raises(ValueError, match=message) as error:
+      read(setting)
+    assert 'config.compiler_options: ' in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('mode', parallel.MODES)
+def test_options_reach_the_compiler(mode):
+  stage = STAGES[0]
+  method, state, batch = test_methods.still(stage, 2)
+  runner = parallel.Runner(
+    method, test_methods.identity, mode=mode, options={'xla_no_such': 1}
+  )
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such'):
+    runner.step(runner.place(state), [batch], jax.random.key(0))
+
+
+@pytest.mark.parametrize('lowering', ('plain', 'rewritten'))
+@pytest.mark.parametrize('stage', STAGES, ids=lambda s: s['method'])
+def test_a_deterministic_step_scatters_nothing(stage, lowering, monkeypatch):
+  # Gathers wherever it may: as at 64x64 and above.
+  monkeypatch.setattr(warp, 'MATRIX_MAX_SIDE', 2)
+
+  def scatters(config):
+    method = test_methods.make(methods.settle(config, stage))
+    batch = test_methods.toy_batch(stage)
+    state = jax.eval_shape(method.init, jax.random.key(0), batch)
+    with layers.lowering(lowering):
+      lowered = jax.jit(method.train_step).lower(
+        state, batch, jax.random.key(1)
+      )
+    return re.findall(r'stablehlo\.\w*scatter', lowered.as_text())
+
+  assert scatters({'deterministic': True}) == []
+  if stage['method'] == 'hat_cgan':
+    assert scatters({}) != []
+
+
+def test_determinism_says_what_it_does(monkeypatch):
+  lines = []
+  parallel.compiler_options('', True, lines.append)
+  assert lines[0] == 'deterministic: nothing to add on a cpu, which repeats.'
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  options = parallel.compiler_options('auto', True, lines.append)
+  assert options == {'xla_gpu_deterministic_ops': True}
+
+
+@pytest.mark.parametrize('name', common.METHODS)
+def test_the_profile_fills_the_model_block(name):
+  config = mug.get_config(f'{name},tiny,4gb').to_dict()
+  stage = config[name]
+  stage['data']['batch_size'] = 6
+  model = methods.settle(config, stage, 2)['model']
+  assert model['dtype'] == 'bfloat16' and model['remat'] is True
+  assert model['microbatches'] == 3
+  assert stage['model']['remat'] is False  # As it was.
+  assert methods.settle({}, stage)['model'] == stage['model']
+  stage['model']['microbatches'] = 2
+  assert methods.settle(config, stage, 2)['model']['microbatches'] == 2
+  with pytest.raises(ValueError, match="'5gb'. Choose one of: 4gb, or ''"):
+    methods.settle({'profile': '5gb'}, stage)
+  assert mug.get_config('').profile == '4gb'
+  assert mug.get_config('64').profile == ''
