@@ -5,12 +5,14 @@
 """
 
 import argparse
+import collections
 import itertools
 import os
 import pathlib
 import re
 import sys
 import time
+from concurrent import futures
 
 import numpy as np
 import tqdm
@@ -148,11 +150,12 @@ def _generate(args):
   seconds = []
   clips = _animate(run, crops, jobs, args.batch_size, sweep, seconds)
   progress = tqdm.tqdm(total=len(jobs), unit='video', disable=None, leave=False)
-  with progress:
+  with progress, _Writer() as writer:
     rows = []
     for i, group in itertools.groupby(zip(jobs, clips), lambda x: x[0][0]):
       rows += _write(
-        ((job[1], clip) for job, clip in group), outs[i], args, progress
+        ((job[1], clip) for job, clip in group), outs[i], args, progress,
+        writer,
       )
   if args.split and len(labels) > 1 and len(names) > 1:
     _write_table(rows, labels, _outs(args.out, ['all', ''], labels)[0], args)
@@ -278,7 +281,41 @@ def _animate(run, crops, jobs, batch_size, sweep, seconds):
     yield from clips[:len(batch)]
 
 
-def _write(clips, outs, args, progress):
+class _Writer:
+  """A thread that encodes and writes, in order, while the next clips are made.
+
+  The first error ends its work; the next call, or the end, raises it.
+  """
+
+  def __init__(self, ahead=16):
+    self._pool = futures.ThreadPoolExecutor(1)
+    self._jobs, self._ahead, self._failed = collections.deque(), ahead, False
+
+  def submit(self, function, *args):
+    """Has function(*args) called; waits while `ahead` others are to do."""
+    while self._jobs and (
+      self._jobs[0].done() or len(self._jobs) >= self._ahead
+    ):
+      self._jobs.popleft().result()
+    self._jobs.append(self._pool.submit(self._run, function, args))
+
+  def _run(self, function, args):
+    if self._failed:
+      return
+    self._failed = True
+    function(*args)
+    self._failed = False
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    self._pool.shutdown(cancel_futures=kind is not None)
+    for job in self._jobs if kind is None else ():
+      job.result()
+
+
+def _write(clips, outs, args, progress, writer):
   """Writes one image's clips (label, [T, S, S, 3]), then their grid.
 
   Returns the clips as written, [T, S, S, 3] each.
@@ -287,20 +324,28 @@ def _write(clips, outs, args, progress):
   for label, clip in clips:
     if args.boomerang:
       clip = np.concatenate([clip, clip[-2:0:-1]])
-    video.write_video(outs[label], clip, args.fps)
-    tqdm.tqdm.write(outs[label])
-    if args.strip:
-      path = f'{os.path.splitext(outs[label].rstrip("/"))[0]}_strip.png'
-      video.write_image(path, video.strip(clip))
-      tqdm.tqdm.write(path)
+    writer.submit(_write_clip, clip, outs[label], args, progress)
     kept.append((label, clip))
-    progress.update()
   if 'grid' in outs:
-    labels, clips = zip(*kept)
-    grid = video.grid_with_labels(np.stack(clips), labels)
-    video.write_video(outs['grid'], grid, args.fps)
-    tqdm.tqdm.write(outs['grid'])
+    writer.submit(_write_grid, kept, outs['grid'], args)
   return [clip for _, clip in kept]
+
+
+def _write_clip(clip, path, args, progress):
+  video.write_video(path, clip, args.fps)
+  tqdm.tqdm.write(path)
+  if args.strip:
+    path = f'{os.path.splitext(path.rstrip("/"))[0]}_strip.png'
+    video.write_image(path, video.strip(clip))
+    tqdm.tqdm.write(path)
+  progress.update()
+
+
+def _write_grid(kept, path, args):
+  labels, clips = zip(*kept)
+  grid = video.grid_with_labels(np.stack(clips), labels)
+  video.write_video(path, grid, args.fps)
+  tqdm.tqdm.write(path)
 
 
 def _write_table(clips, labels, outs, args):

@@ -1,6 +1,7 @@
 import os
 import pathlib
 import sys
+import threading
 import types
 
 import numpy as np
@@ -433,6 +434,48 @@ def test_a_failing_run_leaves_nothing_behind(run, capsys):
 
   run.animate = animate
   assert_fails(capsys, 'alpha_max must be above 0', '--image', image)
+
+
+def test_a_video_is_written_while_the_next_is_made(run, monkeypatch):
+  begun, write, animate = threading.Event(), video.write_video, run.animate
+  waited, order = [], []
+
+  def slow_write(path, clip, fps):
+    if not order:
+      waited.append(begun.wait(10))
+    order.append(path)
+    write(path, clip, fps)
+
+  def counting(*args, **kwargs):
+    if run.calls:
+      begun.set()
+    return animate(*args, **kwargs)
+
+  monkeypatch.setattr(video, 'write_video', slow_write)
+  monkeypatch.setattr(run, 'animate', counting)
+  args = ('--label', 'all', '--batch_size', 1, '--num_frames', 3)
+  assert call('--image', picture('in/face.png'), *args, '--out', 's.gif') == 0
+  assert waited == [True]
+  names = [f's_{label}.gif' for label in LABELS]
+  assert order == [*names, 's_grid.gif'] and made() == sorted(order)
+
+
+def test_an_error_while_writing_is_told_once_and_ends_the_work(
+  run, capsys, monkeypatch
+):
+  write = video.write_video
+
+  def full(path, clip, fps):
+    if 'happy' in path:
+      raise OSError(28, 'No space left on device')
+    write(path, clip, fps)
+
+  monkeypatch.setattr(video, 'write_video', full)
+  args = ('--label', 'all', '--batch_size', 1, '--num_frames', 3)
+  assert call('--image', picture('in/face.png'), *args, '--out', 's.gif') == 1
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and 'error: ' in err and 'No space left' in err
+  assert made() == ['s_anger.gif']
 
 
 def test_help_tells_the_names_and_exit_codes(capsys):

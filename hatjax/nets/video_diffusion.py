@@ -289,6 +289,14 @@ class TemporalAttention(nn.Module):
     return x + y
 
 
+def _keeping_inputs(module, remat):
+  """The module, which in a backward pass recomputes all but its inputs.
+
+  It needs a name then: checkpoints are the same with and without.
+  """
+  return nn.remat(module) if remat else module
+
+
 class Level(nn.Module):
   """Two residual blocks, linear attention in space, attention in time."""
 
@@ -297,18 +305,25 @@ class Level(nn.Module):
   head_dim: int = 32
   norm: str = 'group'
   conv: str = 'space'
+  remat: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x, cond, bias, isolate=None):
-    for _ in range(2):
-      x = ResBlock(self.features, self.norm, self.conv, self.dtype)(
-        x, cond, isolate
-      )
-    x = SpatialAttention(self.heads, self.head_dim, True, self.dtype)(x)
-    return TemporalAttention(self.heads, self.head_dim, self.dtype)(
-      x, bias, isolate
+    block, in_space, in_time = (
+      _keeping_inputs(m, self.remat)
+      for m in (ResBlock, SpatialAttention, TemporalAttention)
     )
+    for n in range(2):
+      x = block(
+        self.features, self.norm, self.conv, self.dtype, name=f'ResBlock_{n}'
+      )(x, cond, isolate)
+    x = in_space(
+      self.heads, self.head_dim, True, self.dtype, name='SpatialAttention_0'
+    )(x)
+    return in_time(
+      self.heads, self.head_dim, self.dtype, name='TemporalAttention_0'
+    )(x, bias, isolate)
 
 
 class Middle(nn.Module):
@@ -344,7 +359,7 @@ class UNet3D(nn.Module):
     head_dim: features per head.
     norm: see NORMS.
     conv: see CONVS.
-    remat: recompute levels in the backward pass.
+    remat: recompute every block in the backward pass.
     dtype: compute type; parameters and the output are float32.
   """
 
@@ -364,9 +379,13 @@ class UNet3D(nn.Module):
     """x [B, T, H, W, C], t [B], label int [B] -> [B, T, H, W, out_channels]."""
     cond = self._condition(t, label)
     bias = self._frame_bias(x.shape[1])
-    common = (self.heads, self.head_dim, self.norm, self.conv, self.dtype)
-    level, middle = (
-      nn.remat(m) if self.remat else m for m in (Level, Middle)
+    common = (self.heads, self.head_dim, self.norm, self.conv)
+    level = lambda width, name: Level(
+      width, *common, self.remat, self.dtype, name=name
+    )
+    middle, in_time, block = (
+      _keeping_inputs(m, self.remat)
+      for m in (Middle, TemporalAttention, ResBlock)
     )
     widths = [self.dim * m for m in self.dim_mults]
     # One width finer: what the level hands on when going up.
@@ -375,23 +394,23 @@ class UNet3D(nn.Module):
 
     x = x.astype(self.dtype)
     x = Conv(self.dim, 7, dtype=self.dtype, name='conv_in')(x)
-    x = TemporalAttention(
+    x = in_time(
       self.heads, self.head_dim, self.dtype, name='attention_in'
     )(x, bias, isolate)
     stem, skips = x, []
     for i, width in enumerate(widths):
-      x = level(width, *common, name=f'down_{i}')(x, cond, bias, isolate)
+      x = level(width, f'down_{i}')(x, cond, bias, isolate)
       skips.append(x)
       if i < last:
         x = Conv(width, 4, 2, dtype=self.dtype, name=f'halve_{i}')(x)
-    x = middle(*common, name='middle')(x, cond, bias, isolate)
+    x = middle(*common, self.dtype, name='middle')(x, cond, bias, isolate)
     for i in range(last, -1, -1):
       x = jnp.concatenate([x, skips[i]], -1)
-      x = level(narrow[i], *common, name=f'up_{i}')(x, cond, bias, isolate)
+      x = level(narrow[i], f'up_{i}')(x, cond, bias, isolate)
       if i:
         x = Conv(narrow[i], 4, -2, dtype=self.dtype, name=f'double_{i}')(x)
     x = jnp.concatenate([x, stem], -1)
-    x = ResBlock(self.dim, self.norm, self.conv, self.dtype, name='block_out')(
+    x = block(self.dim, self.norm, self.conv, self.dtype, name='block_out')(
       x, None, isolate
     )
     # Starts at zero, where the loss is that of the mean; the released code
