@@ -4,7 +4,9 @@
     --json out/benchmark.json
 
 --mode train and generate need no records: they take random pictures. --mode
-data reads the config's records and runs the training loop on them. In the JSON:
+data reads the config's records and runs the training loop on them. With
+--config.profile=4gb or --config.deterministic everything is measured without
+it too, and compared. In the JSON:
 
   init_, trace_, compile_seconds   with an empty compilation cache
   first_step_seconds    all of it again with a full cache, and one step
@@ -14,7 +16,8 @@ data reads the config's records and runs the training loop on them. In the JSON:
                         convolutions count the zeros that they pad
   share_of_peak         flops per second over those of matrix products of the
                         same type on the same devices, in the same process
-  compiled_peak_bytes   of one device, by the compiled program
+  compiled_peak_bytes   of one device, by the compiled program; on a CPU an
+                        estimate: bfloat16 works on float32 copies there
   device_peak_bytes     of one device, the most so far; CPUs do not report it
   waiting_share         of the training loop's time: fetching a batch while the
                         device had nothing left to do
@@ -313,10 +316,7 @@ def _measure_variant(config, name, options, report, show):
   devices = _devices(options.devices)
   make_runner = functools.partial(
     parallel.Runner, mode=config['parallel'], devices=devices,
-    options=parallel.compiler_options(
-      config.get('compiler_options', 'auto'),
-      config.get('deterministic', False), show,
-    ),
+    options=parallel.compiler_options(config, show),
   )
   stages = _stages(config, name, options, len(devices))
   for stage in stages:

@@ -18,6 +18,10 @@ COMPILER_OPTIONS = {
 }
 # No atomics, and no kernel chosen by the stop watch. Others need nothing.
 DETERMINISTIC_OPTIONS = {'gpu': {'xla_gpu_deterministic_ops': True}}
+# For profiles: XLA:CPU's usual order of work keeps more alive.
+FRUGAL_OPTIONS = {
+  'cpu': {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'},
+}
 # For programs that run once: compiling takes longer than running.
 QUICK_COMPILE = {
   'xla_backend_optimization_level': 0,
@@ -51,13 +55,15 @@ def join_processes():
     jax.distributed.initialize()
 
 
-def compiler_options(setting='auto', deterministic=False, show=print):
+def compiler_options(config, show=print):
   """What XLA is told when it compiles the programs of a run.
 
   Args:
-    setting: 'auto' (what suits the platform), '' (nothing), or such as
-      'auto,xla_cpu_enable_fast_min_max=true'; or a mapping.
-    deterministic: two runs on one GPU are to be equal bit for bit.
+    config: mapping with, each of them optional, `compiler_options`: 'auto'
+      (what suits the platform), '' (nothing), or such as
+      'auto,xla_cpu_enable_fast_min_max=true', or a mapping; `deterministic`:
+      two runs on one GPU are to be equal bit for bit; `profile`: '' or the
+      name of one that saves memory.
     show: takes a line on the result, one per option that XLA does not know
       (which is left out), and one where `deterministic` changes nothing.
 
@@ -67,11 +73,10 @@ def compiler_options(setting='auto', deterministic=False, show=print):
   Raises:
     ValueError: the setting cannot be read, or a value is wrong.
   """
-  platform = jax.default_backend()
-  options = {}
-  words = setting
-  if isinstance(setting, str):
-    words = [word.strip() for word in setting.split(',') if word.strip()]
+  platform, options = jax.default_backend(), {}
+  words = config.get('compiler_options', 'auto')
+  if isinstance(words, str):
+    words = [word.strip() for word in words.split(',') if word.strip()]
     words = dict(word.partition('=')[::2] for word in words)
   for name, value in words.items():
     if name == 'auto':
@@ -84,7 +89,9 @@ def compiler_options(setting='auto', deterministic=False, show=print):
     else:
       booleans = {'true': True, 'false': False}
       options[name] = booleans.get(str(value).lower(), value)
-  if deterministic:
+  if config.get('profile'):
+    options |= FRUGAL_OPTIONS.get(platform, {})
+  if config.get('deterministic'):
     needed = DETERMINISTIC_OPTIONS.get(platform, {})
     if not needed:
       show(f'deterministic: nothing to add on a {platform}, which repeats.')

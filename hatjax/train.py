@@ -104,8 +104,7 @@ def train(config, folder, data_dir=None):
     parts.append((name, block, batches, method))
   config = {**config, 'info': info}
   options = parallel.compiler_options(
-    config.get('compiler_options', 'auto'), config.get('deterministic', False),
-    print if jax.process_index() == 0 else lambda line: None,
+    config, print if jax.process_index() == 0 else lambda line: None
   )
   root = jax.random.key(config['seed'])
   states = {}

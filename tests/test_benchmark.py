@@ -316,6 +316,26 @@ def test_wrong_settings_have_one_clear_line(options, message, monkeypatch):
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
+def test_a_profile_is_compared_and_a_trace_written(tmp_path):
+  module = importlib.import_module('configs.frame_folders')
+  config = module.get_config('hat_cgan,tiny,4gb').to_dict()
+  config['hat_cgan']['data']['num_frames'] = 1
+  lines = []
+  options = benchmark.Options(
+    steps=1, warmup=0, devices=1, trace=str(tmp_path)
+  )
+  report = benchmark.benchmark(config, options, lines.append)
+  plain, frugal = report['rows']
+  assert (plain['variant'], frugal['variant']) == ('', '4gb')
+  assert (plain['dtype'], frugal['dtype']) == ('float32', 'bfloat16')
+  assert frugal['flops'] != plain['flops']
+  gib = [row['compiled_peak_bytes'] / 2**30 for row in (frugal, plain)]
+  assert lines[-1].startswith(
+    'batch 2, 4gb: compiled memory {:.4g} GiB (without: {:.4g})'.format(*gib)
+  )
+  assert list((tmp_path / 'hat_cgan_2').rglob('*.xplane.pb'))
+
+
 def command(*arguments):
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   return subprocess.run(

@@ -123,7 +123,9 @@ def test_two_processes_equal_one(toy_records, tmp_path):
 
 def test_compiler_options_are_read_and_unknown_ones_left_out():
   lines = []
-  read = lambda setting: parallel.compiler_options(setting, show=lines.append)
+  read = lambda setting: parallel.compiler_options(
+    {'compiler_options': setting}, lines.append
+  )
   auto = parallel.COMPILER_OPTIONS['cpu']
   assert read('auto') == auto and read('') == {}
   assert lines[-1] == 'compiler options: none'
@@ -177,10 +179,11 @@ def test_a_deterministic_step_scatters_nothing(stage, lowering, monkeypatch):
 
 def test_determinism_says_what_it_does(monkeypatch):
   lines = []
-  parallel.compiler_options('', True, lines.append)
+  config = {'compiler_options': '', 'deterministic': True}
+  assert parallel.compiler_options(config, lines.append) == {}
   assert lines[0] == 'deterministic: nothing to add on a cpu, which repeats.'
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  options = parallel.compiler_options('auto', True, lines.append)
+  options = parallel.compiler_options({'deterministic': True}, lines.append)
   assert options == {'xla_gpu_deterministic_ops': True}
 
 
@@ -196,6 +199,8 @@ def test_the_profile_fills_the_model_block(name):
   assert methods.settle({}, stage)['model'] == stage['model']
   stage['model']['microbatches'] = 2
   assert methods.settle(config, stage, 2)['model']['microbatches'] == 2
+  frugal = parallel.compiler_options(config, lambda line: None)
+  assert parallel.FRUGAL_OPTIONS['cpu'].items() <= frugal.items()
   with pytest.raises(ValueError, match="'5gb'. Choose one of: 4gb, or ''"):
     methods.settle({'profile': '5gb'}, stage)
   assert mug.get_config('').profile == '4gb'
