@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 RULES = ('reference', 'least_squares')
+SOURCES = ('inferred', 'visible')
 SWEEPS = ('linear', 'profile', 'reference')
 PROFILE_KNOTS = 16
 PROFILE_DECAY = 0.99

@@ -18,6 +18,24 @@ def known(masks):
   return (seen[:, 1:] & seen[:, :1]).astype(jnp.float32).reshape(-1)
 
 
+def l1(fake, real, masks):
+  """Mean absolute difference inside the lips, 0 where they are unknown.
+
+  Args:
+    fake: [B, K, H, W, 3].
+    real: the same.
+    masks: see the module; the lips of a frame are its own and the neutral
+      ones together, since what opens must also leave its old place.
+
+  Returns:
+    float32 [B].
+  """
+  inside = jnp.maximum(masks[:, :1], masks[:, 1:])
+  axes = (1, 2, 3, 4)
+  total = (jnp.abs(fake - real).mean(-1, keepdims=True) * inside).sum(axes)
+  return total / jnp.maximum(inside.sum(axes), 1)
+
+
 def pictures(image, frames, masks, crop=0):
   """The neutral picture and every frame behind their masks.
 

@@ -12,7 +12,7 @@ import pytest
 
 from configs import common
 from configs.methods import hat_cgan as hat_config
-from hatjax import lips, losses, methods, parallel, runs
+from hatjax import intensity, lips, losses, methods, parallel, runs
 from hatjax.nets import hat_cgan as nets
 
 LABELS = 3
@@ -305,7 +305,8 @@ def perturbed(state):
 
 REFERENCE = dict(
   head='direct', affine='latent', alpha_rule='reference', alpha_clip=None,
-  lambda_recon=10.0, lambda_code=0.0, ema_decay=0.0,
+  lambda_recon=10.0, lambda_code=0.0, lambda_lips=0.0, modulate=False,
+  training_alpha='inferred', ema_decay=0.0,
 )
 
 
@@ -412,6 +413,58 @@ def test_frames_without_lips_do_not_count_in_the_patch_loss(stage, batch):
     None,
   )
   assert float(loss) == 0
+
+
+def test_l1_inside_the_lips_by_hand():
+  masks = np.zeros((2, 3, 4, 4, 1), np.float32)
+  masks[0, 0, 1, 1] = masks[0, 1, 2, 2] = 1  # Clip 1: no lips known.
+  fake, real = np.zeros((2, 2, 2, 4, 4, 3), np.float32)
+  fake[0, 0, 1, 1] = 1.0  # where the lips were
+  fake[0, 0, 2, 2] = (0.5, 0, 0)  # where they are
+  fake[0, :, 3, 3] = fake[1] = 9.0  # outside
+  # Frame 1 has two lip pixels, frame 2 one, without an error.
+  expected = [(1.0 + 0.5 / 3) / 3, 0.0]
+  np.testing.assert_allclose(lips.l1(fake, real, masks), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('net', ('unet_16', 'resnet_6'))
+def test_labels_shape_the_decoder_in_proportion_to_alpha(stage, batch, net):
+  method = make(stage, net=net)
+  state = perturbed(method.init(jax.random.key(0), batch))
+  params = {'params': state.params['generator']}
+  apply = jax.jit(method.generator.apply, static_argnames='method')
+  image = batch['video'][:, 0]
+  codes = apply(params, image, method='encode_base')
+  frames = []
+  for label in (0, 1):
+    table = params['params']['embed']['embedding']
+    motion = {'embedding': table[jnp.array([label] * 2)]}
+    frames.append([
+      apply(
+        params, codes, image, method='decode',
+        style=method.generator.style(motion, jnp.full((2, 1), alpha)),
+      ) for alpha in (0.0, 1.0)
+    ])
+  plain = apply(params, codes, image, method='decode')
+  for still, moved in frames:
+    np.testing.assert_array_equal(still, plain)
+    assert np.abs(moved - plain).max() > 1e-3
+  assert np.abs(frames[0][1] - frames[1][1]).max() > 1e-3
+
+
+def test_frames_are_made_with_the_visible_progress(stage, batch):
+  method = make(stage)
+  state = perturbed(method.init(jax.random.key(0), batch))
+  for source in intensity.SOURCES:
+    method = make(stage, training_alpha=source)
+    out = method._forward(
+      state.params['generator'], batch, jax.random.key(1)
+    )
+    alpha = {
+      'visible': intensity.visible_progress(batch['video']),
+      'inferred': out['alpha'],
+    }
+    np.testing.assert_allclose(out['shown'], alpha[source], rtol=1e-5)
 
 
 def test_patch_crop_is_centred_on_the_lips(stage, batch):

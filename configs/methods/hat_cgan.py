@@ -96,6 +96,7 @@ def _model(preset, image_size):
     affine='both',                # latent, spatial, both
     num_parts=4,                  # 1: one map for the whole face (eq. 2)
     warp_sizes=(8, 64),           # sides of the levels that are warped
+    modulate=True,                # the label also scales the decoder
     embedding_dim=64,
     noise_dim=0,                  # length of the noise vector c (eqs 5-6)
     dropout=0.5,
@@ -104,10 +105,12 @@ def _model(preset, image_size):
     alpha_rule='least_squares',   # or reference
     alpha_clip=(-0.5, 2.0),
     alpha_noise=True,             # infer alpha from noised codes
+    training_alpha='visible',     # of the fakes; or inferred from the codes
     lambda_gan=1.0,
     lambda_patch=1.0,
     lambda_alpha=1.0,             # over K, as the released code has it
     lambda_l1=100.0,
+    lambda_lips=20.0,             # L1 inside the lips
     lambda_recon=0.0,
     lambda_code=5.0,              # straightens the hidden path
     adversarial_warmup=0,         # steps
@@ -127,7 +130,8 @@ def _model(preset, image_size):
   if preset in ('paper', 'reference'):
     model |= dict(
       width=64, discriminator_width=64, head='direct', num_parts=1,
-      alpha_rule='reference', alpha_clip=None, lambda_l1=10.0,
+      alpha_rule='reference', alpha_clip=None, lambda_l1=10.0, lambda_lips=0.0,
+      training_alpha='inferred', modulate=False,
       lambda_recon=10.0, lambda_code=0.0, lambda_alpha=100.0, ema_decay=0.0,
     )
   if preset == 'reference':

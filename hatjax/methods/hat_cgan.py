@@ -42,6 +42,7 @@ class HatCGAN:
   tx: Mapping[str, optax.GradientTransformation]
   image_size: int = 256
   num_labels: int = 0
+  modulate: bool = False
   net: str = 'unet_256'
   width: int = 64
   discriminator_width: int = 64
@@ -58,10 +59,12 @@ class HatCGAN:
   alpha_rule: str = 'reference'
   alpha_clip: tuple[float, float] | None = None
   alpha_noise: bool = True
+  training_alpha: str = 'inferred'
   lambda_gan: float = 1.0
   lambda_patch: float = 1.0
   lambda_alpha: float = 100.0
   lambda_l1: float = 10.0
+  lambda_lips: float = 0.0
   lambda_recon: float = 10.0
   lambda_code: float = 0.0
   adversarial_warmup: int = 0
@@ -79,16 +82,9 @@ class HatCGAN:
     state_lib.check_choices(
       self, net=nets.NETS, head=nets.HEADS, affine=nets.AFFINES,
       gan_loss=losses.GAN_LOSSES, alpha_rule=intensity.RULES,
+      training_alpha=intensity.SOURCES,
     )
-    kind, size = self.net.split('_')
-    if kind == 'unet' and int(size) != self.image_size:
-      raise ValueError(
-        f'model.net {self.net} takes {size}x{size} images but '
-        f'model.image_size is {self.image_size}. Set model.net to '
-        f'unet_{self.image_size}.'
-      )
-    if kind == 'resnet' and self.image_size % 4:
-      raise ValueError('model.image_size must be a multiple of 4 for ResNets.')
+    nets.check_size(self.net, self.image_size)
     if self.patch_crop > self.image_size:
       raise ValueError('model.patch_crop is larger than model.image_size.')
     missing = {'generator', *self._discriminators} - set(self.tx)
@@ -116,6 +112,7 @@ class HatCGAN:
     return nets.Generator(
       net=self.net, width=self.width, head=self.head, affine=self.affine,
       num_parts=self.num_parts, num_labels=self.num_labels,
+      modulate=self.modulate,
       embedding_dim=self.embedding_dim, noise_dim=self.noise_dim,
       dropout=self.dropout, warp_sizes=self.warp_sizes, remat=self.remat,
       dtype=jnp.dtype(self.dtype),
@@ -171,8 +168,7 @@ class HatCGAN:
         [B, 1 + K]; lip_mask [B, 1 + K, H, W, 1] in {0, 1}; label int32 [B].
       rng: the key of this step.
 
-    Returns:
-      The new state and a dict of scalar metrics.
+    Returns: the new state and a dict of scalar metrics.
     """
     chex.assert_rank(batch['video'], 5)
     metrics, (b, frames) = {}, batch['video'].shape[:2]
@@ -192,7 +188,7 @@ class HatCGAN:
     """`judgings` updates of the discriminators, one of the generator.
 
     Returns:
-      The state, the inferred alpha [B, K] and the metrics.
+      The state, alpha [B, K] as the generator was given it, the metrics.
     """
     forward = lambda params: self._forward(params, batch, rng)
     out, pull = jax.vjp(forward, state.params['generator'])
@@ -204,7 +200,7 @@ class HatCGAN:
       state = self._update(state, grads)
     grads, learned = self._learn(state, batch, out, pull)
     state = self._update(state, grads)
-    return state, out['alpha'], metrics | learned
+    return state, out['shown'], metrics | learned
 
   def _turn_in_parts(self, state, batch, real_alpha, rng, judgings):
     """As `_turn`, one microbatch at a time.
@@ -235,7 +231,7 @@ class HatCGAN:
     def learn(part):
       forward = lambda p: self._forward(p, part['batch'], part['rng'])
       out, pull = jax.vjp(forward, params)
-      return self._learn(state, part['batch'], out, pull), out['alpha']
+      return self._learn(state, part['batch'], out, pull), out['shown']
 
     (grads, learned), alpha = state_lib.accumulate(learn, parts)
     state = self._update(state, grads)
@@ -245,7 +241,8 @@ class HatCGAN:
     """All generator passes of a step: each face encoded once, frames batched.
 
     Returns:
-      dict: fake, recon [B, K, H, W, 3]; alpha [B, K]; code_error [B].
+      dict: fake, recon [B, K, H, W, 3]; alpha [B, K], inferred; shown
+      [B, K], what the fakes were made with; code_error [B].
     """
     generator = self.generator
     apply = lambda method, *args, key=None, **kwargs: generator.apply(
@@ -269,19 +266,21 @@ class HatCGAN:
       codes[-1], motion['residual'][-1], keys[2]
     )
     alpha = self._alpha(codes_1d, residual_1d)
-    still = jax.lax.stop_gradient(alpha)  # Image losses do not reach alpha.
+    progress = intensity.visible_progress(video)
+    shown = progress if self.training_alpha == 'visible' else alpha
+    still = jax.lax.stop_gradient(shown)  # Image losses do not reach alpha.
     noise = jax.random.normal(keys[3], (b, self.noise_dim or 1))
     moved_codes = apply('transform', neutral, motion, still, noise)
     moved = apply('moved_image', image, motion, still)
-    out = {'alpha': alpha}
+    out = {'alpha': alpha, 'shown': still}
     if self.lambda_code:
       out['code_error'] = intensity.code_error(
-        codes_1d, residual_1d, intensity.visible_progress(video)
+        codes_1d, residual_1d, progress
       )
     out['fake'] = _unfold(
       apply(
         'decode', self._jitter(moved_codes, keys[4]), moved, key=keys[5],
-        train=True,
+        train=True, style=apply('style', motion, still),
       ), b,
     )
     if self.lambda_recon:
@@ -377,10 +376,7 @@ class HatCGAN:
   def generator_loss(self, out, state, batch):
     """Adversarial, L1, base reconstruction and alpha terms (spec eq. L_G).
 
-    Args:
-      out: what `_forward` returns.
-      state: its discriminators judge.
-      batch: see `train_step`.
+    `out` is what `_forward` returns; the discriminators of `state` judge it.
 
     Returns:
       The loss and its parts.
@@ -390,14 +386,17 @@ class HatCGAN:
     ramp = 1.0
     if self.adversarial_warmup:
       ramp = jnp.minimum(1.0, (state.step + 1) / self.adversarial_warmup)
-    metrics = {'loss/l1': losses.l1(out['fake'], real).mean()}
-    loss = self.lambda_l1 * metrics['loss/l1']
-    if self.lambda_recon:
-      metrics['loss/recon'] = losses.l1(out['recon'], real).mean()
-      loss += self.lambda_recon * metrics['loss/recon']
-    if self.lambda_code:
-      metrics['loss/code'] = out['code_error'].mean()
-      loss += self.lambda_code * metrics['loss/code']
+    metrics, loss = {}, 0.0
+    for term, weight, error in (
+      ('l1', self.lambda_l1, lambda: losses.l1(out['fake'], real)),
+      ('lips', self.lambda_lips,
+       lambda: lips.l1(out['fake'], real, batch['lip_mask'])),
+      ('recon', self.lambda_recon, lambda: losses.l1(out['recon'], real)),
+      ('code', self.lambda_code, lambda: out['code_error']),
+    ):
+      if weight:
+        metrics[f'loss/{term}'] = error().mean()
+        loss += weight * metrics[f'loss/{term}']
     for name, term, weight in (
       ('discriminator', 'gan', self.lambda_gan),
       ('patch_discriminator', 'patch', self.lambda_patch),
@@ -471,7 +470,8 @@ class HatCGAN:
     moved = apply(
       params, context['image'], motion, chunk, method='moved_image'
     )
-    frames = apply(params, codes, moved, method='decode')
+    style = apply(params, motion, chunk, method='style')
+    frames = apply(params, codes, moved, style=style, method='decode')
     return jnp.clip(_unfold(frames, chunk.shape[0]), -1, 1)
 
   def animate(self, state, inputs, rng, num_frames):

@@ -18,18 +18,34 @@ AFFINES = ('both', 'latent', 'spatial')
 NETS = tuple(f'unet_{2**n}' for n in range(3, 10)) + ('resnet_6', 'resnet_9')
 
 
-class Modulate(nn.Module):
-  """Scale and shift of the channels by a label embedding; starts as identity.
+def check_size(net, image_size):
+  """Raises ValueError unless the net takes images of that side."""
+  kind, size = net.split('_')
+  if kind == 'unet' and int(size) != image_size:
+    raise ValueError(
+      f'model.net {net} takes {size}x{size} images but model.image_size is '
+      f'{image_size}. Set model.net to unet_{image_size}.'
+    )
+  if kind == 'resnet' and image_size % 4:
+    raise ValueError('model.image_size must be a multiple of 4 for ResNets.')
 
-  x is [N, H, W, C], the embedding [N, E].
+
+class Modulate(nn.Module):
+  """Scale and shift of the channels by an embedding; starts as identity.
+
+  x is [N, H, W, C], the embedding [N, E]. Without a bias an embedding of 0
+  changes nothing.
   """
 
   dtype: jnp.dtype = jnp.float32
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x, embedding):
     zeros = nn.initializers.zeros
-    out = layers.Dense(2 * x.shape[-1], zeros, self.dtype)(embedding)
+    out = layers.Dense(2 * x.shape[-1], zeros, self.dtype, self.use_bias)(
+      embedding
+    )
     scale, shift = jnp.split(out[:, None, None], 2, -1)
     return x * (1 + scale) + shift
 
@@ -81,13 +97,18 @@ class UNetDecoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, levels, train=False):
-    """List of [N, S/2**l, S/2**l, C_l] -> [N, S, S, out_channels]."""
+  def __call__(self, levels, train=False, style=None):
+    """List of [N, S/2**l, S/2**l, C_l] -> [N, S, S, out_channels].
+
+    `style` [N, E] or None: see `Generator.style`.
+    """
     x = levels[-1]
     for level in range(self.num_downs, 1, -1):
       features = self.width * min(2 ** (level - 2), 8)
       x = layers.Conv(features, 4, -2, dtype=self.dtype)(jax.nn.relu(x))
       x = layers.instance_norm(x)
+      if style is not None:
+        x = Modulate(self.dtype, use_bias=False)(x, style)
       if 5 <= level < self.num_downs:
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
       x = jnp.concatenate([levels[level - 2], x], -1)
@@ -140,13 +161,16 @@ class ResNetDecoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, levels, train=False):
+  def __call__(self, levels, train=False, style=None):
     """[[N, S/4, S/4, 4 * width]] -> [N, S, S, out_channels]."""
     del train
     x = levels[-1]
     for features in (2 * self.width, self.width):
       x = layers.Conv(features, 3, -2, dtype=self.dtype)(x)
-      x = jax.nn.relu(layers.instance_norm(x))
+      x = layers.instance_norm(x)
+      if style is not None:
+        x = Modulate(self.dtype, use_bias=False)(x, style)
+      x = jax.nn.relu(x)
     return layers.Conv(
       self.out_channels, 7, pad=3, reflect=True,
       kernel_init=layers.normal_init(self.out_std), dtype=self.dtype,
@@ -211,6 +235,7 @@ class Generator(nn.Module):
       (input + y); the input moves along with the warp.
     affine: 'both', 'latent' (the released code) or 'spatial' (eq. 2 alone).
     num_labels: 0 gives the unconditional form.
+    modulate: alpha times the label also scales and shifts the decoder.
     warp_sizes: smallest and largest side of the levels that are warped.
     remat: recompute the nets in the backward pass to save memory.
     warp_form: see `warp.warp_parts`.
@@ -222,6 +247,7 @@ class Generator(nn.Module):
   affine: str = 'latent'
   num_parts: int = 1
   num_labels: int = 0
+  modulate: bool = False
   embedding_dim: int = 64
   noise_dim: int = 0
   dropout: float = 0.5
@@ -279,7 +305,8 @@ class Generator(nn.Module):
     motion = self.encode_motion(image, label)
     noise = jnp.zeros((image.shape[0], max(self.noise_dim, 1)))
     codes = self.transform(base, motion, alpha, noise)
-    return self.decode(codes, self.moved_image(image, motion, alpha))
+    moved = self.moved_image(image, motion, alpha)
+    return self.decode(codes, moved, style=self.style(motion, alpha))
 
   def encode_base(self, image, train=False):
     """[N, H, W, 3] -> levels of the base encoder."""
@@ -295,11 +322,14 @@ class Generator(nn.Module):
 
     Returns:
       dict: residual (levels), dtheta [N, P, 2, 3] and maps
-      [N, h, w, 1 + P] logits (where the transformation warps).
+      [N, h, w, 1 + P] logits (where the transformation warps), embedding
+      [N, E] (where the label modulates the decoder).
     """
     embedding = self.embed(label) if self.num_labels else None
     levels = self.residual_encoder(image.astype(self.dtype), embedding, train)
     motion = {'residual': levels}
+    if self.num_labels and self.modulate:
+      motion['embedding'] = embedding
     if self.affine != 'latent':
       code = levels[-1].mean((1, 2))
       middle = levels[max(0, min(2, len(levels) - 3))]
@@ -368,9 +398,21 @@ class Generator(nn.Module):
       frames = jnp.repeat(image[:, None], steps, 1)
     return frames.reshape(batch * steps, *image.shape[1:])
 
-  def decode(self, codes, moved=None, train=False):
+  def style(self, motion, alpha):
+    """alpha times the label embedding, [B * T, E], or None.
+
+    Behind every instance norm of the decoder, which takes the mean of each
+    channel away and so most of what the label put there, x becomes
+    (1 + alpha s(label)) x + alpha b(label): nothing at alpha = 0.
+    """
+    if 'embedding' not in motion:
+      return None
+    style = alpha[..., None] * motion['embedding'][:, None]
+    return style.reshape(-1, style.shape[-1])
+
+  def decode(self, codes, moved=None, train=False, style=None):
     """Levels [N, h, w, C] (and moved input [N, H, W, 3]) -> [N, H, W, 3]."""
-    y = self.decoder(codes, train).astype(jnp.float32)
+    y = self.decoder(codes, train, style).astype(jnp.float32)
     if self.head == 'direct':
       return jnp.tanh(y)
     if self.head == 'blend':

@@ -206,11 +206,13 @@ class Dense(nn.Module):
   features: int
   kernel_init: nn.initializers.Initializer = normal_init()
   dtype: jnp.dtype = jnp.float32
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     return nn.Dense(
-      self.features, kernel_init=self.kernel_init, dtype=self.dtype
+      self.features, self.use_bias, kernel_init=self.kernel_init,
+      dtype=self.dtype,
     )(x)
 
 
