@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # From nothing to a video, in minutes on 2 cores: installs, trains on synthetic
-# faces, animates faces it has never seen. Run again: goes on, 400 steps more.
+# faces, animates faces it has never seen. Run again: goes on, 800 steps more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh
 python=.venv/bin/python
 work=runs/quickstart
 
-steps=400
+steps=800
 if [ -f "$work/steps" ]; then
-  steps=$(($(cat "$work/steps") + 400))
+  steps=$(($(cat "$work/steps") + 800))
 fi
 $python -m hatjax.train --config configs/synthetic.py --workdir "$work" \
   --config.hat_cgan.train.num_steps="$steps"
@@ -25,7 +25,7 @@ Four faces that were not trained on, each making every expression:
   $work/hat_cgan/samples/          real frames over generated ones
   $work/hat_cgan/losses.png        the curves
 Next:
-  bash launch/quickstart.sh        400 steps more: better faces
+  bash launch/quickstart.sh        800 steps more: better faces
   .venv/bin/python -m hatjax.generate --workdir $work --image your_face.jpg
   .venv/bin/python -m hatjax.prepare --help      your own clips, CK+, MUG
 TXT
