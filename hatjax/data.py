@@ -151,6 +151,10 @@ class Records:
     ]
     return np.stack(video), (np.stack(masks) > 127).astype(np.uint8)[..., None]
 
+  def alphas(self, clip):
+    """True intensity of every frame, float32 [T]; empty where unknown."""
+    return np.asarray(self._source[clip.index]['alpha'], np.float32)
+
 
 def _text(value):
   return value.decode() if isinstance(value, bytes) else str(value)
@@ -377,13 +381,16 @@ class Batches:
     """Whole clips without augmentation, at image_size, in a fixed order.
 
     Yields:
-      dict: id, label (int), video uint8 [T, S, S, 3].
+      dict: id, label (int), subject (its name), video uint8 [T, S, S, 3].
     """
     step = max(1, len(self.clips) // limit) if limit else 1
     for clip in self.clips[::step][:limit]:
       video, _ = self.records.read(clip, range(clip.num_frames))
       video = np.stack([self._fit(f, self.image_size) for f in video])
-      yield {'id': clip.id, 'label': clip.label, 'video': video}
+      yield {
+        'id': clip.id, 'label': clip.label, 'subject': clip.subject_name,
+        'video': video,
+      }
 
 
 def example_batch(image_size, batch_size, num_frames):

@@ -53,7 +53,7 @@ def read_config(workdir):
     raise ValueError(f'{path} cannot be read: {error}.') from error
 
 
-def _write_atomically(path, text):
+def write_atomically(path, text):
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     temporary.write_text(text)
@@ -129,7 +129,7 @@ def open_workdir(workdir, config):
           f'{workdir} holds a run with another config ({shown}). Choose '
           'another --workdir, or set these back.'
         )
-    _write_atomically(path, json.dumps(config, indent=2) + '\n')
+    write_atomically(path, json.dumps(config, indent=2) + '\n')
     yield workdir
 
 
@@ -290,7 +290,7 @@ class Run:
     if path.exists() and self._writes_logs:
       rows = [row for row in self.history() if row['step'] <= step]
       text = ''.join(json.dumps(row) + '\n' for row in rows)
-      _write_atomically(path, text)
+      write_atomically(path, text)
 
   def log(self, step, scalars):
     """Appends host scalars to metrics.jsonl and TensorBoard."""

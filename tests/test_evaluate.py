@@ -1,0 +1,150 @@
+"""Scores against other libraries and by hand; the evaluation's rows."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import skimage.metrics
+
+from hatjax import data, evaluate, metrics
+
+
+def pictures(seed=0, shape=(3, 20, 24, 3)):
+  rng = np.random.default_rng(seed)
+  a = rng.uniform(-1, 1, shape).astype(np.float32)
+  return a, np.clip(a + rng.normal(0, 0.3, shape), -1, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize('window, options', (
+  ('gaussian', dict(
+    gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+  )),
+  ('uniform7', {}),
+))
+def test_ssim_is_that_of_scikit_image(window, options):
+  a, b = pictures()
+  expected = [
+    skimage.metrics.structural_similarity(
+      x, y, data_range=2, channel_axis=-1, **options
+    ) for x, y in zip(a, b)
+  ]
+  np.testing.assert_allclose(metrics.ssim(a, b, window), expected, atol=1e-5)
+  np.testing.assert_allclose(metrics.ssim(a, a, window), 1, atol=1e-6)
+
+
+def test_ssim_of_wrong_arguments():
+  a, b = pictures()
+  with pytest.raises(ValueError, match='Choose one of: gaussian, uniform7'):
+    metrics.ssim(a, b, 'square')
+  with pytest.raises(ValueError, match='side 11'):
+    metrics.ssim(a[:, :10], b[:, :10])
+
+
+def test_flicker_by_hand():
+  time = np.arange(5.0)[None, :, None, None, None]
+  still = np.zeros((1, 5, 4, 4, 3))
+  assert metrics.flicker(jnp.array(still + 0.1 * time))[0] < 1e-6
+  # 0, 1, 0, 1, 0 in half of the pixels: every second difference is 2.
+  still[:, 1::2, :2] = 1
+  np.testing.assert_allclose(metrics.flicker(jnp.array(still)), [1.0])
+
+
+def test_gradient_energy_by_hand():
+  image = np.zeros((1, 2, 3, 1))
+  image[0, 0, 1] = 2.0
+  # Down: 0, 4, 0 of three; right: 4, 4 and 0, 0 of four.
+  np.testing.assert_allclose(metrics.gradient_energy(image), 4 / 3 + 8 / 4)
+
+
+def test_spearman_is_that_of_scipy():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(2, 30))
+  b[3:9] = b[3]
+  expected = scipy.stats.spearmanr(a, b)[0]
+  np.testing.assert_allclose(evaluate.spearman(a, b), expected, atol=1e-12)
+  assert np.isnan(evaluate.spearman(np.ones(4), np.arange(4)))
+
+
+class Fading:
+  """Stands in for a run: goes from the face to white, as alpha says."""
+
+  def __init__(self, name):
+    block = dict(name=name, image_size=16, split='everything')
+    self.step, self.stages = 7, (('hat_cgan', self, None),)
+    self.config = {
+      'stages': ['hat_cgan'], 'hat_cgan': {'data': block},
+      'info': {'labels': ['happy', 'sad'], 'fingerprint': 'x'},
+    }
+
+  def infer(self, state, inputs):
+    return jnp.linspace(0, 1, inputs['driving'].shape[1])[None] ** 2
+
+  def animate(self, image, label, *, num_frames, sweep, alpha, seed, refine,
+              num_sample_steps):
+    if alpha is None:
+      power = 1 if sweep == 'linear' else 3
+      alpha = np.linspace(0, 1, num_frames)[None] ** power
+    alpha = alpha[0][:, None, None, None]
+    return np.rint((1 - alpha) * image + 255 * alpha).astype(np.uint8)[None]
+
+
+def test_rows_by_hand(toy_records):
+  run = Fading('frame_folders/none-16')
+  found = evaluate.evaluate(
+    run, 'everything', evaluate.PROTOCOLS, directory=toy_records
+  )
+  batches = data.make_batches(
+    'frame_folders/none-16', 'everything', 16, directory=toy_records
+  )
+  clips = list(batches.whole_clips())
+  assert found['n'] == {
+    'clips': len(clips), 'subjects': len({c['subject'] for c in clips}),
+  }
+  clips = [c['video'].astype(float) for c in clips]
+
+  def psnr(make, frames):
+    scores = []
+    for real in clips:
+      steps = range(1, len(real) - (frames == 'inner'))
+      error = [np.square(make(real)[i] - real[i]).mean() for i in steps]
+      scores.append(np.mean(10 * np.log10(255**2 / np.array(error))))
+    return np.mean(scores)
+
+  def fade(power):
+    def make(real):
+      a = np.linspace(0, 1, len(real))[:, None, None, None] ** power
+      return np.rint((1 - a) * real[0] + 255 * a)
+    return make
+
+  def blend(real):
+    a = np.linspace(0, 1, len(real))[:, None, None, None]
+    return np.rint((1 - a) * real[0] + a * real[-1])
+
+  for name, make, frames in (
+    ('profile', fade(3), 'all'), ('linear', fade(1), 'all'),
+    ('oracle', fade(2), 'all'), ('blend', blend, 'inner'),
+    ('copy', lambda real: real[:1].repeat(len(real), 0), 'all'),
+  ):
+    row = found['rows'][name]['psnr']
+    np.testing.assert_allclose(row['mean'], psnr(make, frames), atol=1e-3)
+    assert row['low'] <= row['mean'] <= row['high']
+  # No clip of these tells its alpha: it is compared with time.
+  np.testing.assert_allclose(found['clips']['alpha']['spearman'], 1.0)
+  assert '| copy |' in evaluate.table(found)
+
+
+def test_wrong_settings(toy_records):
+  run = Fading('frame_folders/none-16')
+  for wrong, message in (
+    (dict(protocols=('guess',)), 'Choose some of: profile, linear, oracle'),
+    (dict(split='nobody'), 'has no split'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluate.evaluate(run, directory=toy_records, **wrong)
+  blind = types.SimpleNamespace(
+    config=run.config, stages=(('a', object(), None),), step=0
+  )
+  with pytest.raises(ValueError, match='infers no intensity'):
+    evaluate.evaluate(blind, 'everything', ('oracle',), directory=toy_records)
