@@ -29,6 +29,6 @@ def get_config(arg=''):
     stage.model.update(
       warp_sizes=(8, 16), patch_crop=stage.data.image_size // 2,
       discriminator_width=min(16, stage.model.discriminator_width),
-      lambda_gan=0.25, lambda_patch=0.25,
+      lambda_gan=0.25, lambda_patch=0.25, lambda_lips=20.0,
     )
   return config

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a video, in minutes on 2 cores: installs, trains on synthetic
-# faces, animates faces it has never seen. Run again: goes on, 800 steps more.
+# faces, animates faces it has never seen, scores the result. Run again: goes
+# on, 800 steps more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh
@@ -17,6 +18,8 @@ echo "$steps" > "$work/steps"
 
 $python -m hatjax.generate --workdir "$work" --split test --num_images 4 \
   --label all --boomerang --strip --out 'out/quickstart/{image}_{label}.mp4'
+
+$python -m hatjax.evaluate --workdir "$work" --split test --num_clips 24
 
 cat <<TXT
 

@@ -110,7 +110,7 @@ def _model(preset, image_size):
     lambda_patch=1.0,
     lambda_alpha=1.0,             # over K, as the released code has it
     lambda_l1=100.0,
-    lambda_lips=20.0,             # L1 inside the lips
+    lambda_lips=0.0,              # L1 inside the lips
     lambda_recon=0.0,
     lambda_code=5.0,              # straightens the hidden path
     adversarial_warmup=0,         # steps
@@ -130,7 +130,7 @@ def _model(preset, image_size):
   if preset in ('paper', 'reference'):
     model |= dict(
       width=64, discriminator_width=64, head='direct', num_parts=1,
-      alpha_rule='reference', alpha_clip=None, lambda_l1=10.0, lambda_lips=0.0,
+      alpha_rule='reference', alpha_clip=None, lambda_l1=10.0,
       training_alpha='inferred', modulate=False,
       lambda_recon=10.0, lambda_code=0.0, lambda_alpha=100.0, ema_decay=0.0,
     )
