@@ -124,14 +124,14 @@ def _make_case(config, stage, devices, options):
   method, example = _make_method(stage), runs.example_batch(stage)
   if options.mode == 'train':
     frames, inputs = stage['data']['num_frames'], example
-    if 'draft' in method.reads:
+    if getattr(method, 'needs_draft', False):
       example['draft'] = example['video']
   else:
     frames = options.num_frames or getattr(method, 'num_frames', 20)
     image = example['video'][:, 0]
     clip = np.repeat(image[:, None], frames, 1)
     known = {**example, 'image': image, 'driving': clip, 'draft': clip}
-    inputs = {key: known[key] for key in method.reads}
+    inputs = {key: known[key] for key in method.reads if key in known}
 
   def make_runner():
     method = _make_method(stage)

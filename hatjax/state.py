@@ -37,6 +37,11 @@ class TrainState(struct.PyTreeNode):
     """The averaged parameters of a net, or its latest if none are kept."""
     return self.ema.get(net, self.params[net])
 
+  def frozen(self):
+    """What inference needs: no optimizer, averaged parameters alone."""
+    params = {net: self.inference_params(net) for net in self.params}
+    return self.replace(params=params, opt_state={}, ema={})
+
 
 def create(params, tx, model_state=None, ema=()):
   """A state at step 0.

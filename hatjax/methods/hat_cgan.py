@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from hatjax import intensity, losses, optim
+from hatjax import intensity, losses, optim, settings
 from hatjax import metrics as metrics_lib
 from hatjax import state as state_lib
 from hatjax.nets import hat_cgan as nets
@@ -73,16 +73,13 @@ class HatCGAN:
   axis_name: str | None = None
 
   def __post_init__(self):
-    for name, known in (
-      ('net', nets.NETS), ('head', nets.HEADS), ('affine', nets.AFFINES),
-      ('gan_loss', losses.GAN_LOSSES), ('alpha_rule', intensity.RULES),
-      ('dtype', ('float32', 'bfloat16')),
-    ):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(
-          f'model.{name} is {value!r}. Choose one of: {", ".join(known)}.'
-        )
+    settings.check_choices(
+      model__net=(self.net, nets.NETS), model__head=(self.head, nets.HEADS),
+      model__affine=(self.affine, nets.AFFINES),
+      model__gan_loss=(self.gan_loss, losses.GAN_LOSSES),
+      model__alpha_rule=(self.alpha_rule, intensity.RULES),
+      model__dtype=(self.dtype, settings.DTYPES),
+    )
     kind, size = self.net.split('_')
     if kind == 'unet' and int(size) != self.image_size:
       raise ValueError(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hatjax import diffusion, losses, optim
+from hatjax import diffusion, losses, optim, settings
 from hatjax import metrics as metrics_lib
 from hatjax import state as state_lib
 from hatjax.nets import video_diffusion as nets
@@ -65,24 +65,19 @@ class VideoDiffusion:
   axis_name: str | None = None
 
   def __post_init__(self):
-    for name, known in (
-      ('mode', MODES), ('norm', nets.NORMS), ('conv', nets.CONVS),
-      ('schedule', diffusion.SCHEDULES), ('loss', LOSSES),
-      ('prediction', diffusion.PREDICTIONS), ('sampler', SAMPLERS),
-      ('dtype', ('float32', 'bfloat16')),
-    ):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(
-          f'model.{name} is {value!r}. Choose one of: {", ".join(known)}.'
-        )
-    for name in (
-      'strength', 'label_dropout', 'image_fraction', 'dynamic_threshold',
-    ):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(
-          f'model.{name} is {getattr(self, name)}. It must lie in 0..1.'
-        )
+    settings.check_choices(
+      model__mode=(self.mode, MODES), model__norm=(self.norm, nets.NORMS),
+      model__conv=(self.conv, nets.CONVS), model__loss=(self.loss, LOSSES),
+      model__schedule=(self.schedule, diffusion.SCHEDULES),
+      model__prediction=(self.prediction, diffusion.PREDICTIONS),
+      model__sampler=(self.sampler, SAMPLERS),
+      model__dtype=(self.dtype, settings.DTYPES),
+    )
+    settings.check_shares(
+      model__strength=self.strength, model__label_dropout=self.label_dropout,
+      model__image_fraction=self.image_fraction,
+      model__dynamic_threshold=self.dynamic_threshold,
+    )
     step = self.patch * 2 ** (len(self.dim_mults) - 1)
     if self.image_size % step:
       raise ValueError(
@@ -101,6 +96,11 @@ class VideoDiffusion:
   def reads(self):
     """Keys of `inputs` that animate takes; without them it makes a video up."""
     return ('draft', 'label') if self.num_labels else ('draft',)
+
+  @property
+  def needs_draft(self):
+    """Whether `train_step` reads batch['draft']."""
+    return self.mode == 'paired'
 
   @property
   def denoiser(self):
@@ -227,7 +227,8 @@ class VideoDiffusion:
       state: TrainState; its averaged parameters are used.
       inputs: draft float32 [B, T, H, W, 3] in [-1, 1], T = num_frames; where
         it is missing (mode 'noise' only) the video comes from pure noise.
-        label int32 [B]; where missing, the null label.
+        label int32 [B]; where missing, the null label. noise float32 like
+        the video, of deviation 1, that it starts from; where missing, drawn.
       rng: key.
       num_frames: T.
 
@@ -244,7 +245,7 @@ class VideoDiffusion:
     schedule = self.noise_schedule
     start = schedule.num_steps
     if draft is None:
-      known = [inputs[k] for k in ('label', 'image') if k in inputs]
+      known = [inputs[k] for k in ('noise', 'label') if k in inputs]
       b = known[0].shape[0] if known else 1
     else:
       b = draft.shape[0]
@@ -254,7 +255,9 @@ class VideoDiffusion:
       chex.assert_shape(draft, shape)
     if not start:
       return draft
-    xt = jax.random.normal(rng_start, shape)
+    xt = inputs.get('noise')
+    if xt is None:
+      xt = jax.random.normal(rng_start, shape)
     if start == schedule.num_steps:
       xt *= schedule.sigma[-1]  # Nothing of a draft.
     else:
