@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from hatjax import config_flag, data, parallel, runs, timing, video
+from hatjax import config_flag, data, parallel, runs, settings, timing, video
 from hatjax.nets import layers
 
 MODES = ('train', 'generate', 'data')
@@ -60,12 +60,10 @@ class Options:
   data_dir: str | None = None
 
   def __post_init__(self):
-    for name, known in (('mode', MODES), ('lowering', layers.LOWERINGS)):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(
-          f'--{name} is {value!r}. Choose one of: {", ".join(known)}.'
-        )
+    settings.check_choices(**{
+      '--mode': (self.mode, MODES),
+      '--lowering': (self.lowering, layers.LOWERINGS),
+    })
     for name, low in dict(steps=1, warmup=0, devices=0, num_frames=0).items():
       if getattr(self, name) < low:
         raise ValueError(f'--{name} must be at least {low}.')
@@ -196,12 +194,12 @@ def _time_parts(method, state, batches, num_frames, options):
 
 def _measure_input(config, stage, devices, options):
   """Rows of mode data: streamed, and resident where the frames fit."""
-  settings = {
+  block = {
     **stage['data'], 'seed': config['seed'], 'directory': options.data_dir,
   }
-  fits = data.make_batches(**settings).resident
+  fits = data.make_batches(**block).resident
   for resident, kind in (('no', 'streamed'), ('yes', 'resident'))[: 1 + fits]:
-    batches = data.make_batches(**{**settings, 'resident': resident})
+    batches = data.make_batches(**{**block, 'resident': resident})
     row = _time_input(config, stage, batches, devices, options)
     yield {'input': kind, **row}
 
@@ -210,9 +208,12 @@ def _time_input(config, stage, batches, devices, options):
   """Times the pipeline alone, then the training loop on it."""
   steps, stream = options.steps, batches.iterate()
   first, later = _time_fetches(stream, steps), _time_fetches(stream, steps)
-  train = stage['train']
+  train, method = stage['train'], _make_method(stage, batches.labels)
+  prepare = batches.prepare
+  if getattr(method, 'needs_draft', False):  # Making it is not input.
+    prepare = lambda *x: (b := batches.prepare(*x)) | {'draft': b['video']}
   runner = parallel.Runner(
-    _make_method(stage, batches.labels), batches.prepare,
+    method, prepare,
     batches.resident_frames(), config['parallel'], devices,
     train.get('dispatch', 'auto'),
   )

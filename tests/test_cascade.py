@@ -216,8 +216,8 @@ def test_devices_and_dispatch_agree_on_steps_with_drafts(run, toy_records):
   host = [next(stream) for _ in range(2)]
   results = {}
   for name, mode, dispatch, count in (
-    ('one', 'jit', 'loop', 1), ('two', 'jit', 'loop', 2),
-    ('scan', 'jit', 'scan', 2), ('pmap', 'pmap', 'loop', 2),
+    ('one', 'jit', 'loop', 1), ('scan', 'jit', 'scan', 2),
+    ('pmap', 'pmap', 'loop', 2),
   ):
     runner = parallel.Runner(
       run.method, prepare,
@@ -235,9 +235,8 @@ def test_devices_and_dispatch_agree_on_steps_with_drafts(run, toy_records):
     assert_same(
       jax.tree.leaves(frozen), jax.tree.leaves(jax.device_get(state.frozen()))
     )
-  for name in ('two', 'scan'):
-    most, typical = worst(results['one'], results[name])
-    assert typical < 1e-5 and most < 5e-3, name
+  most, typical = worst(results['one'], results['scan'])
+  assert typical < 1e-5 and most < 5e-3
 
 
 def test_a_frozen_state_is_the_average_without_optimizer(run):
@@ -314,6 +313,7 @@ def test_arguments_of_the_configs():
 
 
 def test_strength_zero_is_the_draft_bit_for_bit(run, face):
+  run = runs.Run(run.config, run.stages)  # with empty caches
   settings = dict(labels=['happy', 'surprise'], num_frames=7)
   faces = np.stack([face, face[::-1]])
   draft = draft_of(run, faces, **settings)
