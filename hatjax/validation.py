@@ -72,6 +72,7 @@ def add_drafts(prepare, method, alpha='inferred'):
     The same for a `resident` of {'frames': that of `prepare`, 'previous': the
     frozen state of `method`}.
   """
+
   def with_drafts(batch, resident, rng):
     batch = prepare(batch, resident['frames'], rng)
     rng = jax.random.fold_in(rng, 2**31)

@@ -15,7 +15,11 @@ METHODS = {
 
 
 class Method(Protocol):
-  """What the commands ask of a method."""
+  """What the commands ask of a method.
+
+  One whose `train_step` reads batch['draft'], the video of the stage before,
+  says so with a property `needs_draft`.
+  """
 
   reads: tuple[str, ...]
 
