@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
+from hatjax import settings
 from hatjax import video as video_lib
 
 ALIASES = (
@@ -36,6 +37,7 @@ ALIASES = (
   ('contempt', 'contemptuous'),
   ('neutral', 'calm'),
 )
+FRAMES = ('random', 'even')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
 
 
@@ -193,6 +195,7 @@ class Batches:
   load_size: int
   batch_size: int
   num_frames: int
+  frames: str
   include_last: bool
   seed: int
   pad: int
@@ -225,9 +228,12 @@ class Batches:
     )
 
   def _pick(self, position, rng):
-    """The neutral frame and K later ones, drawn with replacement."""
+    """The neutral frame and K later ones, drawn with replacement or even."""
     n = self.clips[position].num_frames
-    later = rng.integers(1, n, self.num_frames)
+    if self.frames == 'even':
+      later = np.linspace(0, n - 1, 1 + self.num_frames)[1:].round()
+    else:
+      later = rng.integers(1, n, self.num_frames)
     if self.include_last:
       later[-1] = n - 1
     frames = np.concatenate([[0], later]).astype(np.int32)
@@ -400,7 +406,7 @@ def example_batch(image_size, batch_size, num_frames):
 
 def make_batches(
   name, split='train', image_size=256, batch_size=1, num_frames=5,
-  include_last=False, seed=0,
+  frames='random', include_last=False, seed=0,
   load_size=0, pad=0, crop_offsets=0, flip=0.5, jitter=0.0,
   resize='auto', resident='auto', labels=(), directory=None,
 ):
@@ -411,7 +417,9 @@ def make_batches(
     split: a named split of them.
     image_size: side of what the method sees.
     batch_size: clips per step, over all devices.
-    num_frames: K frames per clip besides the neutral one, at random.
+    num_frames: K frames per clip besides the neutral one.
+    frames: 'random' draws these anew for every step; 'even' spreads them over
+      the whole clip, in the order of time, the last one among them.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for
@@ -448,14 +456,11 @@ def make_batches(
   crop_offsets = crop_offsets or room + 1
   if not 1 <= crop_offsets <= room + 1:
     raise ValueError(f'data.crop_offsets must lie in 1..{room + 1}.')
-  for setting, value, known in (
-    ('resident', resident, ('auto', 'yes', 'no')),
-    ('resize', resize, ('auto', 'cubic', 'area')),
-  ):
-    if value not in known:
-      raise ValueError(
-        f'data.{setting} is {value!r}. Choose one of: {", ".join(known)}.'
-      )
+  settings.check_choices(
+    data__frames=(frames, FRAMES),
+    data__resident=(resident, ('auto', 'yes', 'no')),
+    data__resize=(resize, ('auto', 'cubic', 'area')),
+  )
   if resident == 'auto':
     count = sum(c.num_frames for c in clips)
     small = 4 * count * load_size**2 < RESIDENT_LIMIT
@@ -463,6 +468,7 @@ def make_batches(
   return Batches(
     records=records, clips=tuple(clips), image_size=image_size,
     load_size=load_size, batch_size=batch_size, num_frames=num_frames,
-    include_last=include_last, seed=seed, pad=pad, crop_offsets=crop_offsets,
-    flip=flip, jitter=jitter, resize=resize, resident=resident == 'yes',
+    frames=frames, include_last=include_last, seed=seed, pad=pad,
+    crop_offsets=crop_offsets, flip=flip, jitter=jitter, resize=resize,
+    resident=resident == 'yes',
   )

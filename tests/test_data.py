@@ -68,6 +68,24 @@ def test_the_apex_can_be_in_every_batch(toy_records):
   assert (times[:, -1] < 1).any()
 
 
+def test_even_frames_spread_over_the_whole_clip_in_order(toy_records):
+  # 8 frames, numbered 0..7: round(7 k / 3) = 0, 2, 5, 7.
+  for resident in ('no', 'yes'):
+    made = batches(
+      toy_records, frames='even', num_frames=3, resident=resident
+    )
+    for batch in take(made.iterate(), 5):
+      np.testing.assert_allclose(
+        batch['time'], np.tile(np.array([0, 2, 5, 7]) / 7, (2, 1)), rtol=1e-6
+      )
+  # More than the clip has: frames come twice, none is left out.
+  made = batches(toy_records, frames='even', num_frames=14)
+  (batch,) = take(made.iterate(), 1)
+  index = np.round(batch['time'][0] * 7).astype(int)
+  assert index[0] == 0 and set(index) == set(range(8))
+  assert (np.diff(index) >= 0).all()
+
+
 def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
   # Batches of 3 straddle the epochs of 8 clips.
   stream = batches(toy_records, resident='no', batch_size=3).iterate()
@@ -163,6 +181,7 @@ def test_labels_filter_by_alias(toy_records):
   (dict(name='mug/face-256-none'), 'image_size 256 --half none --data_dir'),
   (dict(resident=True), 'auto, yes, no'),
   (dict(resize='nearest'), 'auto, cubic, area'),
+  (dict(frames='odd'), 'data.frames is .odd.*random, even'),
   (dict(load_size=8), 'load_size 8 is smaller'),
   (dict(load_size=20, pad=0, crop_offsets=6), r'1\.\.5'),
 ])
