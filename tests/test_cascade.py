@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from hatjax import (
   data,
   diffusion,
   generate,
+  methods,
   parallel,
   runs,
   train,
@@ -349,6 +351,33 @@ def test_arguments_of_the_configs():
   assert config.video_diffusion.model.dim_mults == (1, 2, 4, 8, 8, 8, 8)
   assert {config[s].data.split for s in STAGES} == {'by_video_train'}
   assert {get('mug')[s].data.frames for s in STAGES} == {'random', 'even'}
+
+
+@pytest.mark.parametrize('argument', ['', 'paper'])
+def test_mug_is_both_stages_at_256_for_a_small_card(argument):
+  config = importlib.import_module('configs.mug').get_config(argument)
+  config = config.to_dict()
+  assert config['stages'] == STAGES and config['profile'] == '4gb'
+  key, frozen = jax.random.key(0), None
+  for name in STAGES:
+    stage = methods.settle(config, config[name], 1)
+    changes = {'mode': 'paired'} if frozen else {}  # costs more than 'noise'
+    method = methods.make(stage, num_labels=7, image_size=256, **changes)
+    assert (method.dtype, method.remat) == ('bfloat16', True)
+    batch = runs.example_batch(stage)
+    assert batch['video'].shape[2:] == (256, 256, 3)
+    if frozen:
+      draft = jax.eval_shape(
+        lambda state, batch, key, drafter=frozen[0]: validation.make_draft(
+          drafter, state, batch, key, 'inferred'
+        ), frozen[1], batch, key,
+      )
+      batch['draft'] = draft
+    state = jax.eval_shape(method.init, key, batch)
+    new, metrics = jax.eval_shape(method.train_step, state, batch, key)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    assert all(m.shape == () for m in metrics.values())
+    frozen = (method, state.frozen())
 
 
 # -- generation ----------------------------------------------------------------
