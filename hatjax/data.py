@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import warnings
 
 import cv2
@@ -174,14 +175,30 @@ def _record_folder(name, root):
   versions = [p for p in versions if version in ('', p.name)]
   if versions:
     return versions[-1]
+  raise ValueError(
+    f'No records for {name} in {root}. Build them: python -m hatjax.prepare '
+    f'{_prepare_options(name)} --data_dir {root}'
+  )
+
+
+def _prepare_options(name):
+  """What hatjax.prepare is told to build the records of that name."""
   builder, _, options = name.partition('/')
+  if builder == 'synthetic':
+    made = re.fullmatch(r'(\d+)(-grey)?-i(\d+)-f(\d+)-s(\d+)', options)
+    if not made:
+      return builder
+    size, grey, people, frames, seed = made.groups()
+    return (
+      f'{builder} --image_size {size}{" --grey" if grey else ""} '
+      f'--num_identities {people} --num_frames {frames} --seed {seed}'
+    )
   crop, size, half, *_ = (*options.split('-'), '', '')
   size = {'native': '0'}.get(size, size) or '<side>'
   half = f' --half {half}' if half else ''
-  raise ValueError(
-    f'No records for {name} in {root}. Build them: python -m hatjax.prepare '
+  return (
     f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'
-    f'{half} --data_dir {root}'
+    f'{half}'
   )
 
 

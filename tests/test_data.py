@@ -179,6 +179,9 @@ def test_labels_filter_by_alias(toy_records):
   (dict(split='trian'), 'Choose one of: .*everything'),
   (dict(name='frame_folders/face-99'), 'hatjax.prepare frame_folders'),
   (dict(name='mug/face-256-none'), 'image_size 256 --half none --data_dir'),
+  (dict(name='synthetic/default'), 'hatjax.prepare synthetic --data_dir'),
+  (dict(name='synthetic/32-grey-i6-f4-s1'), 'prepare synthetic --image_size 32 '
+   '--grey --num_identities 6 --num_frames 4 --seed 1 --data_dir'),
   (dict(resident=True), 'auto, yes, no'),
   (dict(resize='nearest'), 'auto, cubic, area'),
   (dict(frames='odd'), 'data.frames is .odd.*random, even'),
