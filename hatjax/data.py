@@ -38,7 +38,7 @@ ALIASES = (
   ('contempt', 'contemptuous'),
   ('neutral', 'calm'),
 )
-FRAMES = ('random', 'even')
+FRAMES = ('random', 'even', 'window')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
 
 
@@ -245,12 +245,16 @@ class Batches:
     )
 
   def _pick(self, position, rng):
-    """The neutral frame and K later ones, drawn with replacement or even."""
-    n = self.clips[position].num_frames
+    """The neutral frame and K others; see `make_batches`."""
+    n, k = self.clips[position].num_frames, self.num_frames
     if self.frames == 'even':
-      later = np.linspace(0, n - 1, 1 + self.num_frames)[1:].round()
+      later = np.linspace(0, n - 1, 1 + k)[1:].round()
+    elif self.frames == 'window':
+      span = rng.integers(min(k, n) - 1, n)
+      last = n - 1 if self.include_last else rng.integers(span, n)
+      later = np.linspace(last - span, last, k).round()
     else:
-      later = rng.integers(1, n, self.num_frames)
+      later = rng.integers(1, n, k)
     if self.include_last:
       later[-1] = n - 1
     frames = np.concatenate([[0], later]).astype(np.int32)
@@ -436,7 +440,9 @@ def make_batches(
     batch_size: clips per step, over all devices.
     num_frames: K frames per clip besides the neutral one.
     frames: 'random' draws these anew for every step; 'even' spreads them over
-      the whole clip, in the order of time, the last one among them.
+      the whole clip, in the order of time, the last one among them; 'window'
+      spreads them over a random part of it, of K frames or more (a clip that
+      has fewer shows some twice), which may begin with the neutral one again.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for

@@ -332,7 +332,7 @@ class Run:
     """Iterables of uint8 [B, S, S, 3], before and after the last stage."""
     name, method, state = self.stages[-1]
     rng = jax.random.key(seed)
-    trained = 1 + self.config[name]['data']['num_frames']
+    trained = self.config[name]['data']['num_frames']
 
     def denoise(clip, start):
       positions = start + np.arange(len(clip))

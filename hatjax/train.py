@@ -231,7 +231,7 @@ class _Stage:
     # A stage that refines is scored on as many frames as it learns from.
     self.limit = validation.MAX_FRAMES
     if 'draft' in method.reads:
-      self.limit = 1 + batches.num_frames
+      self.limit = batches.num_frames
 
   def start(self, root):
     """(step, state): the newest checkpoint, or step 0."""

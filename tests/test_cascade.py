@@ -129,11 +129,11 @@ def test_scores_and_samples_show_the_draft(folders):
     assert row['val/psnr'] == row['val/psnr_generated']
     assert 5 < row['val/psnr_draft'] < 60
     assert row['val/psnr_draft'] != row['val/psnr_generated']
-  # Two clips of four frames: real, draft and refined.
+  # Two clips of three frames: real, draft and refined.
   strip = video.read_image(stage.folder / 'samples' / '00000004.png')
-  assert strip.shape == (6 * 16 + 5 * 2, 4 * 16 + 3 * 2, 3)
+  assert strip.shape == (6 * 16 + 5 * 2, 3 * 16 + 2 * 2, 3)
   frames, _ = video.read_video(stage.folder / 'samples' / '00000004.mp4')
-  assert frames.shape == (4, 16, 2 * 3 * 16 + 2, 3)
+  assert frames.shape == (3, 16, 2 * 3 * 16 + 2, 3)
 
 
 def test_psnr_of_the_draft_is_that_of_the_first_stage(run, toy_records):
@@ -193,7 +193,7 @@ def test_drafts_can_follow_a_sweep_at_the_times_of_the_frames(
   run, toy_records, sweep
 ):
   # 8 frames of 8: evenly spaced, as those of a generated video.
-  _, batch = prepared(run, toy_records, sweep, num_frames=7)
+  _, batch = prepared(run, toy_records, sweep, num_frames=7, frames='even')
   images = np.asarray(video.to_uint8(batch['video'][:, 0]))
   labels = [run.config['info']['labels'][i] for i in batch['label']]
   made = draft_of(run, images, labels, num_frames=8, sweep=sweep)
@@ -350,7 +350,7 @@ def test_arguments_of_the_configs():
   assert config.hat_cgan.model.head == 'direct'
   assert config.video_diffusion.model.dim_mults == (1, 2, 4, 8, 8, 8, 8)
   assert {config[s].data.split for s in STAGES} == {'by_video_train'}
-  assert {get('mug')[s].data.frames for s in STAGES} == {'random', 'even'}
+  assert {get('mug')[s].data.frames for s in STAGES} == {'random', 'window'}
 
 
 @pytest.mark.parametrize('argument', ['', 'paper'])

@@ -86,6 +86,42 @@ def test_even_frames_spread_over_the_whole_clip_in_order(toy_records):
   assert (np.diff(index) >= 0).all()
 
 
+@pytest.mark.parametrize('resident', ['no', 'yes'])
+def test_a_window_is_any_part_of_a_clip_evenly(toy_records, resident):
+  made = batches(
+    toy_records, frames='window', num_frames=3, resident=resident
+  )
+  seen = set()
+  for batch in take(made.iterate(), 200):
+    first, *window = np.round(batch['time'].T * 7).astype(int)
+    assert (first == 0).all()  # the neutral frame, whatever the window
+    seen |= set(zip(*window))
+  # Of 8 frames: all spans from 2, all starts, the middle rounded.
+  expected = {
+    (s, round(s + span / 2), s + span)
+    for span in range(2, 8) for s in range(8 - span)
+  }
+  assert seen == expected
+  assert {(0, 1, 2), (5, 6, 7), (0, 4, 7)} <= seen
+
+
+def test_windows_of_short_clips_and_of_apexes(toy_records):
+  # As many frames as the clip has, or more: all of it.
+  for count, expected in ((8, list(range(8))), (15, None)):
+    made = batches(toy_records, frames='window', num_frames=count)
+    for batch in take(made.iterate(), 3):
+      for time in np.round(batch['time'] * 7).astype(int):
+        assert time[0] == time[1] == 0 and set(time) == set(range(8))
+        assert (np.diff(time) >= 0).all()
+        assert expected is None or list(time[1:]) == expected
+  made = batches(
+    toy_records, frames='window', num_frames=3, include_last=True
+  )
+  times = np.concatenate([b['time'] for b in take(made.iterate(), 20)])
+  np.testing.assert_array_equal(times[:, -1], 1)
+  assert len(set(times[:, 1])) > 3
+
+
 def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
   # Batches of 3 straddle the epochs of 8 clips.
   stream = batches(toy_records, resident='no', batch_size=3).iterate()
@@ -184,7 +220,7 @@ def test_labels_filter_by_alias(toy_records):
    '--grey --num_identities 6 --num_frames 4 --seed 1 --data_dir'),
   (dict(resident=True), 'auto, yes, no'),
   (dict(resize='nearest'), 'auto, cubic, area'),
-  (dict(frames='odd'), 'data.frames is .odd.*random, even'),
+  (dict(frames='odd'), 'data.frames is .odd.*random, even, window'),
   (dict(load_size=8), 'load_size 8 is smaller'),
   (dict(load_size=20, pad=0, crop_offsets=6), r'1\.\.5'),
 ])

@@ -26,9 +26,12 @@ def get_stage(preset, image_size, data):
   Returns:
     ConfigDict with method, model, optim, data and train.
   """
-  # Whole clips of 10 frames, as the videos to be refined.
+  # A video is refined 10 consecutive frames at a time: a short one as a whole,
+  # a long one in windows, with less motion from frame to frame. So the 10 are
+  # spread over a random part of a clip, from consecutive ones to all of it.
   stage = methods.start_stage(
-    'video_diffusion', PRESETS, preset, image_size, num_frames=9, frames='even'
+    'video_diffusion', PRESETS, preset, image_size, num_frames=10,
+    frames='window',
   )
   stage.model = _model(preset, image_size)
   adam = dict(lr=2e-4, b1=0.5, b2=0.999)

@@ -137,8 +137,9 @@ class VideoDiffusion:
 
     Args:
       state: TrainState.
-      batch: video float32 [B, T, H, W, 3] in [-1, 1], time [B, T], by which
-        frames are sorted; label int32 [B]; in mode 'paired' draft, like video.
+      batch: video float32 [B, 1 + K, H, W, 3] in [-1, 1], of which the later
+        frames are learned, sorted by time [B, 1 + K]; label int32 [B]; in mode
+        'paired' draft, like video.
       rng: the key of this step.
 
     Returns:
@@ -170,7 +171,7 @@ class VideoDiffusion:
     """What is random in a step, drawn for the whole batch.
 
     Returns:
-      dict: x0 and noise [B, T, H, W, 3], t and label int32 [B] (the null label
+      dict: x0 and noise [B, K, H, W, 3], t and label int32 [B] (the null label
       where it was dropped), and where they are used draft, like x0, and
       isolate bool [B].
     """
@@ -219,9 +220,13 @@ class VideoDiffusion:
     }
 
   def _sorted_clip(self, batch):
-    """(video, draft or None) with frames in the order of time."""
-    order = jnp.argsort(batch['time'], 1)[..., None, None, None]
-    sort = lambda x: jnp.take_along_axis(x, order, 1)
+    """(video, draft or None), the later frames in the order of time.
+
+    The first one is the face that drafts are made from: in the middle of a
+    video, where most windows lie, it is not to be seen.
+    """
+    order = jnp.argsort(batch['time'][:, 1:], 1)[..., None, None, None]
+    sort = lambda x: jnp.take_along_axis(x[:, 1:], order, 1)
     if self.mode != 'paired':
       return sort(batch['video']), None
     if 'draft' not in batch:
