@@ -3,7 +3,8 @@
   python -m hatjax.prepare ck_plus --raw <folder with cohn-kanade-images>
   python -m hatjax.train --config configs/ck_plus.py
 
-Arguments: configs/ck_plus.py:hat_cgan,paper,256 (method, preset, image side).
+Arguments: configs/ck_plus.py:hat_cgan,paper,256 (method, preset, image side);
+hat_cgan_diff adds the second stage.
 """
 
 from configs import common

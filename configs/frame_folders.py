@@ -4,9 +4,10 @@
   python -m hatjax.train --config configs/frame_folders.py
 
 Arguments: configs/frame_folders.py:hat_cgan,paper,256 (method, preset, image
-side). The word `sample` is the setting in which the released code's learning
-curve was measured: the six grey sequences of AffineGAN's sample folder, whole
-frames squeezed to 64x64 without anti-aliasing, trained and scored on all six.
+side); hat_cgan_diff adds the second stage. The word `sample` is the setting in
+which the released code's learning curve was measured: the six grey sequences
+of AffineGAN's sample folder, whole frames squeezed to 64x64 without
+anti-aliasing, trained and scored on all six.
 
   python -m hatjax.prepare frame_folders --raw affinegan_sample --crop none \\
     --image_size 0

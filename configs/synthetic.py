@@ -3,7 +3,8 @@
   python -m hatjax.train --config configs/synthetic.py
 
 The records are made on first use. 64x64, minutes on 2 cores; for a GPU:
-configs/synthetic.py:128 (the records' full size, batches of 16).
+configs/synthetic.py:128 (the records' full size, batches of 16). hat_cgan_diff
+adds the second stage.
 """
 
 from configs import common
@@ -14,13 +15,17 @@ def get_config(arg=''):
   config = common.parse(arg, 64, lambda preset, size: dict(
     name='synthetic/default', split='train',
   ))
-  if 'hat_cgan' not in config.stages:
-    return config
-  stage = config.hat_cgan
+  for name in config.stages:
+    if name in _SIZED:
+      _SIZED[name](config[name])
+  return config
+
+
+def _size_hat_cgan(stage):
   if stage.data.image_size > 64:
     stage.data.update(batch_size=16, num_frames=5)
     stage.train.num_steps = 50_000
-    return config
+    return
   # Many faces a step, two frames of each: the middle of the way and the apex.
   stage.data.update(batch_size=6, num_frames=2)
   stage.train.update(num_steps=2000, ckpt_every=200, sample_every=200)
@@ -31,4 +36,21 @@ def get_config(arg=''):
       discriminator_width=min(16, stage.model.discriminator_width),
       lambda_gan=0.25, lambda_patch=0.25, lambda_lips=20.0,
     )
-  return config
+
+
+def _size_video_diffusion(stage):
+  if stage.data.image_size > 64:
+    stage.data.batch_size = 8
+    stage.train.num_steps = 50_000
+    return
+  stage.data.batch_size = 2
+  stage.train.update(num_steps=1000, ckpt_every=200, sample_every=200)
+  if stage.model.prediction == 'v':  # our recipe, but smaller
+    stage.model.update(
+      dim=min(32, stage.model.dim), dim_mults=stage.model.dim_mults[:3]
+    )
+
+
+_SIZED = {
+  'hat_cgan': _size_hat_cgan, 'video_diffusion': _size_video_diffusion,
+}

@@ -40,7 +40,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from hatjax import config_flag, data, methods, parallel, runs, timing, video
+from hatjax import (
+  config_flag,
+  data,
+  methods,
+  parallel,
+  runs,
+  settings,
+  timing,
+  video,
+)
 from hatjax import report as report_lib
 from hatjax.nets import layers
 
@@ -66,12 +75,10 @@ class Options:
   trace: str | None = None
 
   def __post_init__(self):
-    for name, known in (('mode', MODES), ('lowering', layers.LOWERINGS)):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(
-          f'--{name} is {value!r}. Choose one of: {", ".join(known)}.'
-        )
+    settings.check_choices(**{
+      '--mode': (self.mode, MODES),
+      '--lowering': (self.lowering, layers.LOWERINGS),
+    })
     for name, low in dict(steps=1, warmup=0, devices=0, num_frames=0).items():
       if getattr(self, name) < low:
         raise ValueError(f'--{name} must be at least {low}.')
@@ -130,14 +137,14 @@ def _make_case(stage, make_runner, options):
   method, example = _make_method(stage), runs.example_batch(stage)
   if options.mode == 'train':
     frames, inputs = stage['data']['num_frames'], example
-    if 'draft' in method.reads:
+    if getattr(method, 'needs_draft', False):
       example['draft'] = example['video']
   else:
     frames = options.num_frames or getattr(method, 'num_frames', 20)
     image = example['video'][:, 0]
     clip = np.repeat(image[:, None], frames, 1)
     known = {**example, 'image': image, 'driving': clip, 'draft': clip}
-    inputs = {key: known[key] for key in method.reads}
+    inputs = {key: known[key] for key in method.reads if key in known}
 
   def make():
     method = _make_method(stage)
@@ -205,12 +212,12 @@ def _time_parts(method, state, batches, num_frames, options):
 
 def _measure_input(config, stage, make_runner, options):
   """Rows of mode data: streamed, and resident where the frames fit."""
-  settings = {
+  block = {
     **stage['data'], 'seed': config['seed'], 'directory': options.data_dir,
   }
-  fits = data.make_batches(**settings).resident
+  fits = data.make_batches(**block).resident
   for resident, kind in (('no', 'streamed'), ('yes', 'resident'))[: 1 + fits]:
-    batches = data.make_batches(**{**settings, 'resident': resident})
+    batches = data.make_batches(**{**block, 'resident': resident})
     row = _time_input(stage, batches, make_runner, options)
     yield {'input': kind, **row}
 
@@ -219,10 +226,13 @@ def _time_input(stage, batches, make_runner, options):
   """Times the pipeline alone, then the training loop on it."""
   steps, stream = options.steps, batches.iterate()
   first, later = _time_fetches(stream, steps), _time_fetches(stream, steps)
-  train = stage['train']
+  train, method = stage['train'], _make_method(stage, batches.labels)
+  prepare = batches.prepare
+  if getattr(method, 'needs_draft', False):  # Making it is not input.
+    prepare = lambda *x: (b := batches.prepare(*x)) | {'draft': b['video']}
   runner = make_runner(
-    _make_method(stage, batches.labels), batches.prepare,
-    batches.resident_frames(), dispatch=train.get('dispatch', 'auto'),
+    method, prepare, batches.resident_frames(),
+    dispatch=train.get('dispatch', 'auto'),
   )
   chunk = math.gcd(steps, train.get('steps_per_dispatch', 1))
   done = (runner.init(jax.random.key(0), batches.example()), {})

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import warnings
 
 import cv2
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
+from hatjax import settings
 from hatjax import video as video_lib
 
 ALIASES = (
@@ -36,6 +38,7 @@ ALIASES = (
   ('contempt', 'contemptuous'),
   ('neutral', 'calm'),
 )
+FRAMES = ('random', 'even', 'window')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
 
 
@@ -176,14 +179,30 @@ def _record_folder(name, root):
   versions = [p for p in versions if version in ('', p.name)]
   if versions:
     return versions[-1]
+  raise ValueError(
+    f'No records for {name} in {root}. Build them: python -m hatjax.prepare '
+    f'{_prepare_options(name)} --data_dir {root}'
+  )
+
+
+def _prepare_options(name):
+  """What hatjax.prepare is told to build the records of that name."""
   builder, _, options = name.partition('/')
+  if builder == 'synthetic':
+    made = re.fullmatch(r'(\d+)(-grey)?-i(\d+)-f(\d+)-s(\d+)', options)
+    if not made:
+      return builder
+    size, grey, people, frames, seed = made.groups()
+    return (
+      f'{builder} --image_size {size}{" --grey" if grey else ""} '
+      f'--num_identities {people} --num_frames {frames} --seed {seed}'
+    )
   crop, size, half, *_ = (*options.split('-'), '', '')
   size = {'native': '0'}.get(size, size) or '<side>'
   half = f' --half {half}' if half else ''
-  raise ValueError(
-    f'No records for {name} in {root}. Build them: python -m hatjax.prepare '
+  return (
     f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'
-    f'{half} --data_dir {root}'
+    f'{half}'
   )
 
 
@@ -197,6 +216,7 @@ class Batches:
   load_size: int
   batch_size: int
   num_frames: int
+  frames: str
   include_last: bool
   seed: int
   pad: int
@@ -229,9 +249,16 @@ class Batches:
     )
 
   def _pick(self, position, rng):
-    """The neutral frame and K later ones, drawn with replacement."""
-    n = self.clips[position].num_frames
-    later = rng.integers(1, n, self.num_frames)
+    """The neutral frame and K others; see `make_batches`."""
+    n, k = self.clips[position].num_frames, self.num_frames
+    if self.frames == 'even':
+      later = np.linspace(0, n - 1, 1 + k)[1:].round()
+    elif self.frames == 'window':
+      span = rng.integers(min(k, n) - 1, n)
+      last = n - 1 if self.include_last else rng.integers(span, n)
+      later = np.linspace(last - span, last, k).round()
+    else:
+      later = rng.integers(1, n, k)
     if self.include_last:
       later[-1] = n - 1
     frames = np.concatenate([[0], later]).astype(np.int32)
@@ -407,7 +434,7 @@ def example_batch(image_size, batch_size, num_frames):
 
 def make_batches(
   name, split='train', image_size=256, batch_size=1, num_frames=5,
-  include_last=False, seed=0,
+  frames='random', include_last=False, seed=0,
   load_size=0, pad=0, crop_offsets=0, flip=0.5, jitter=0.0,
   resize='auto', resident='auto', labels=(), directory=None,
 ):
@@ -418,7 +445,11 @@ def make_batches(
     split: a named split of them.
     image_size: side of what the method sees.
     batch_size: clips per step, over all devices.
-    num_frames: K frames per clip besides the neutral one, at random.
+    num_frames: K frames per clip besides the neutral one.
+    frames: 'random' draws these anew for every step; 'even' spreads them over
+      the whole clip, in the order of time, the last one among them; 'window'
+      spreads them over a random part of it, of K frames or more (a clip that
+      has fewer shows some twice), which may begin with the neutral one again.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for
@@ -455,14 +486,11 @@ def make_batches(
   crop_offsets = crop_offsets or room + 1
   if not 1 <= crop_offsets <= room + 1:
     raise ValueError(f'data.crop_offsets must lie in 1..{room + 1}.')
-  for setting, value, known in (
-    ('resident', resident, ('auto', 'yes', 'no')),
-    ('resize', resize, ('auto', 'cubic', 'area')),
-  ):
-    if value not in known:
-      raise ValueError(
-        f'data.{setting} is {value!r}. Choose one of: {", ".join(known)}.'
-      )
+  settings.check_choices(
+    data__frames=(frames, FRAMES),
+    data__resident=(resident, ('auto', 'yes', 'no')),
+    data__resize=(resize, ('auto', 'cubic', 'area')),
+  )
   if resident == 'auto':
     count = sum(c.num_frames for c in clips)
     small = 4 * count * load_size**2 < RESIDENT_LIMIT
@@ -470,6 +498,7 @@ def make_batches(
   return Batches(
     records=records, clips=tuple(clips), image_size=image_size,
     load_size=load_size, batch_size=batch_size, num_frames=num_frames,
-    include_last=include_last, seed=seed, pad=pad, crop_offsets=crop_offsets,
-    flip=flip, jitter=jitter, resize=resize, resident=resident == 'yes',
+    frames=frames, include_last=include_last, seed=seed, pad=pad,
+    crop_offsets=crop_offsets, flip=flip, jitter=jitter, resize=resize,
+    resident=resident == 'yes',
   )

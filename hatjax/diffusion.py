@@ -261,6 +261,55 @@ def average_windows(function, arrays, window, stride):
   )
 
 
+def cross_fade(frames, function, window):
+  """Applies a function of `window` frames to a stream of them.
+
+  Windows start every window / 2 frames, the last one ends with the stream;
+  where they overlap, one is faded into the next. At most 1.5 windows of
+  frames are held.
+
+  Args:
+    frames: iterable of arrays [B, ...].
+    function: (list of `window` frames, position of the first) -> float
+      [B, window, ...]. All frames, if there are fewer.
+    window: frames.
+
+  Yields:
+    Arrays [B, ...], one for each frame.
+  """
+  stride = max(window // 2, 1)
+  held, start, total, weight = [], 0, None, None
+
+  def advance(shift):
+    """Moves the window on by `shift`; yields the frames it leaves behind."""
+    nonlocal start, total, weight
+    clip = held[shift : shift + window]
+    part = np.moveaxis(function(clip, start + shift), 1, 0)
+    n = len(part)
+    tent = np.minimum(1 + np.arange(n), n - np.arange(n)).astype(np.float32)
+    tent = tent.reshape(n, *(1,) * (part.ndim - 1))
+    if total is None:
+      total, weight = tent * part, tent
+      return
+    yield from total[:shift] / weight[:shift]
+    pad = lambda x: np.concatenate([x[shift:], np.zeros_like(x[:shift])])
+    total, weight = pad(total) + tent * part, pad(weight) + tent
+    del held[:shift]
+    start += shift
+
+  for frame in frames:
+    held.append(frame)
+    # The next window must be full before what it overlaps may go.
+    if len(held) == window + (0 if total is None else stride):
+      yield from advance(0 if total is None else stride)
+  if total is None and held:
+    yield from advance(0)
+  elif len(held) > window:
+    yield from advance(len(held) - window)
+  if held:
+    yield from total / weight
+
+
 def space_to_depth(video, patch):
   """[B, T, H, W, C] -> [B, T, H/p, W/p, p*p*C]: each patch one pixel."""
   return rearrange(

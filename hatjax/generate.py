@@ -1,11 +1,13 @@
-"""Makes expression videos from face photos with a trained run.
+"""Makes expression videos from face photos with a trained run, or refines one.
 
   python -m hatjax.generate --workdir runs/a --image face.jpg --label happy \\
     --out smile.mp4
+  python -m hatjax.generate --workdir runs/a --video in.mp4 --out refined.mp4
 """
 
 import argparse
 import collections
+import contextlib
 import itertools
 import os
 import pathlib
@@ -45,6 +47,8 @@ examples:
   python -m hatjax.generate --workdir runs/a --image face.jpg --label happy \\
     --num_frames 48 --boomerang --out smile.gif
   python -m hatjax.generate --workdir runs/a --split test --num_images 4
+  python -m hatjax.generate --workdir runs/a --image face.jpg --refine 0.2
+  python -m hatjax.generate --workdir runs/a --video in.mp4 --out refined.mp4
 """
 
 
@@ -68,18 +72,33 @@ def _parser():
   source.add_argument('--split',
       help="instead, neutral faces of this split of the run's records, such "
       'as test: one per subject')
+  source.add_argument('--video',
+      help='instead, a face video to refine, of any length, with its frame '
+      'rate but without its sound; a folder of pictures is one too')
+  source.add_argument('--from_noise', action='store_true',
+      help='instead, videos from pure noise: of --label, else of anything')
   add('--num_images', type=_count, default=4,
-      help='how many of the split; default: 4')
+      help='how many of the split, or from noise; default: 4')
   add('--data_dir', help="where the run's records live, for --split")
   add('--label', action='append',
       help='expression: one, several with commas or by repeating the option, '
-      'or all; default: all')
+      'or all; default: all, but none for --video and --from_noise')
   add('--out', type=_out, help='where to; default: out/{image}_{label}.mp4')
   add('--crop', choices=('auto', 'none'), default='auto',
-      help='auto: find the face and crop to it, as the training data were; '
-      'none: squeeze the whole picture to a square')
+      help='auto: find the face and crop to it, as the training data were '
+      '(of a --video: where it is in the first frame, and not if the frames '
+      'have the size that the run makes); none: squeeze the whole picture to '
+      'a square')
   add('--num_frames', type=_count, help='default: 32; 20 for --sweep reference')
-  add('--fps', type=float, default=25.0, help='frames per second; default: 25')
+  add('--fps', type=float,
+      help="frames per second; default: 25, or that of --video")
+  add('--refine', type=_share, metavar='S',
+      help='how strongly the second stage changes a video, 0 to 1: the share '
+      "of the noise levels it adds and removes; 0 leaves the video as it is; "
+      "default: the config's")
+  add('--num_sample_steps', type=_count,
+      help='denoising steps from pure noise; a video noised at strength S '
+      "needs S times as many; default: the config's")
   add('--sweep', choices=('linear', 'profile', 'reference'), default='profile',
       help='how the intensity rises from 0: evenly; as in the training data; '
       'or 0, 0.05 ... 0.95 as the released AffineGAN code does')
@@ -109,6 +128,13 @@ def _count(text):
   raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
 
 
+def _share(text):
+  with contextlib.suppress(ValueError):
+    if 0 <= float(text) <= 1:
+      return float(text)
+  raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to 1')
+
+
 def main(argv=None):
   """Runs the command; returns its exit code."""
   args = _parser().parse_args(argv)
@@ -131,24 +157,33 @@ def _generate(args):
   paths = _image_paths(args.image or ())
   from hatjax import runs  # brings JAX: after the checks that need no run
   run = runs.load(args.workdir, step=args.step)
-  labels = _labels(args.label, run)
+  if args.video:
+    return _refine_video(run, args)
+  labels = _labels(args.label, run, '' if args.from_noise else 'all')
   if args.split:
     known = run.neutral_faces(args.split, args.num_images, args.data_dir)
     names = list(known)
+  elif args.from_noise:
+    names = [f'noise-{n}' for n in range(args.num_images)]
   else:
     names = _names(paths)
   outs = _outs(args.out, names, labels)
   for path in itertools.chain(*(by_label.values() for by_label in outs)):
     video.check_writable(path)
-  crops = (
-    list(known.values()) if args.split else _crops(paths, run, args.crop)
-  )
+  if args.from_noise:
+    crops = range(args.num_images)
+  elif args.split:
+    crops = list(known.values())
+  else:
+    crops = _crops(paths, run, args.crop)
   jobs = [
     (i, label) for i in range(len(crops)) if crops[i] is not None
     for label in labels or (None,)
   ]
   seconds = []
-  clips = _animate(run, crops, jobs, args.batch_size, sweep, seconds)
+  args.fps = 25.0 if args.fps is None else args.fps
+  make = run.animate_noise if args.from_noise else run.animate
+  clips = _animate(make, crops, jobs, args.batch_size, sweep, seconds)
   progress = tqdm.tqdm(total=len(jobs), unit='video', disable=None, leave=False)
   with progress, _Writer() as writer:
     rows = []
@@ -163,6 +198,51 @@ def _generate(args):
   return 0
 
 
+def _refine_video(run, args):
+  """Refines a video frame by frame; its length does not matter."""
+  if args.num_frames or args.boomerang or args.strip:
+    raise ValueError(
+      '--video keeps every frame once. Leave --num_frames, --boomerang and '
+      '--strip out.'
+    )
+  labels = _labels(args.label, run, '')
+  if len(labels) > 1:
+    raise ValueError(f'--video takes one --label, not {len(labels)}.')
+  label = labels[0] if labels else None
+  name = pathlib.Path(args.video).stem
+  path = _outs(args.out or 'out/{image}_refined.mp4', [name], labels)[0]
+  path = path[label]
+  video.check_writable(path)
+  fps = video.read_fps(args.video) if args.fps is None else args.fps
+  refined = run.refine(
+    _video_crops(args.video, run, args.crop), label, strength=args.refine,
+    num_sample_steps=args.num_sample_steps, seed=args.seed,
+  )
+  begin, count = time.perf_counter(), itertools.count()
+  with (
+    contextlib.closing(_ahead(refined)) as frames,
+    tqdm.tqdm(frames, unit='frame', disable=None, leave=False) as bar,
+  ):
+    video.write_video(path, (frame for frame, _ in zip(bar, count)), fps)
+  tqdm.tqdm.write(path)
+  _report(1, next(count), 1, [time.perf_counter() - begin])
+  return 0
+
+
+def _video_crops(path, run, mode):
+  """Yields the frames of a video as the run wants them, [S, S, 3]."""
+  size, box = run.image_size, None
+  for t, frame in enumerate(video.iter_video(path)):
+    if t == 0 and frame.shape[:2] != (size, size):
+      if mode == 'none' or run.crop == 'none':
+        _say(f'note: whole frames are squeezed to {size}x{size} pixels.')
+      else:
+        box = _face_box(frame, f'the first frame of {path}')
+    if box is not None:
+      frame = faces.crop(frame, box, size)
+    yield video.resize(frame, size)
+
+
 def _sweep(args):
   reference = args.sweep == 'reference'
   if reference and (args.num_frames or 20, args.alpha_max) != (20, None):
@@ -170,10 +250,18 @@ def _sweep(args):
       '--sweep reference is always 20 frames up to 0.95. '
       'Leave --num_frames and --alpha_max out, or use another --sweep.'
     )
-  return dict(
-    num_frames=args.num_frames or (20 if reference else 32), sweep=args.sweep,
+  given = {k: getattr(args, k) for k in ('refine', 'num_sample_steps')}
+  sweep = dict(
+    num_frames=args.num_frames or (20 if reference else 32), seed=args.seed,
+    **{k: v for k, v in given.items() if v is not None},
+  )
+  if args.from_noise:
+    if args.refine is not None:
+      raise ValueError('--from_noise has nothing to --refine. Leave one out.')
+    return sweep
+  return sweep | dict(
+    sweep=args.sweep,
     alpha_max=1.0 if args.alpha_max is None else args.alpha_max,
-    seed=args.seed,
   )
 
 
@@ -194,12 +282,12 @@ def _names(paths):
   return names
 
 
-def _labels(wanted, run):
+def _labels(wanted, run, default):
   if not run.labels:
     if wanted:
       raise ValueError('This run reads no label. Leave --label out.')
     return ()
-  words = [w.strip() for w in ','.join(wanted or ['all']).split(',')]
+  words = [w.strip() for w in ','.join(wanted or [default]).split(',')]
   labels = []
   for word in filter(None, words):
     labels += run.labels if word == 'all' else [run.match_label(word)]
@@ -257,16 +345,20 @@ def _crop(path, size, whole):
   image = video.read_image(path)
   if whole:
     return video.resize(image, size)
+  return faces.crop(image, _face_box(image, path), size)
+
+
+def _face_box(image, path):
   face = faces.detect_face(image)
   if face is None:
     raise ValueError(
       f'no face found in {path}. Crop the photo to the face yourself, or pass '
       '--crop none to use the whole picture.'
     )
-  return faces.crop(image, faces.square_crop_box(face, image.shape), size)
+  return faces.square_crop_box(face, image.shape)
 
 
-def _animate(run, crops, jobs, batch_size, sweep, seconds):
+def _animate(make, crops, jobs, batch_size, sweep, seconds):
   """Yields a clip [T, S, S, 3] per job; appends to seconds, per batch."""
   batch_size = min(batch_size, len(jobs))
   for start in range(0, len(jobs), batch_size):
@@ -274,9 +366,10 @@ def _animate(run, crops, jobs, batch_size, sweep, seconds):
     # A smaller last batch would be another shape and compile again.
     full = batch + batch[-1:] * (batch_size - len(batch))
     images = np.stack([crops[i] for i, _ in full])
-    labels = [label for _, label in full] if run.labels else None
+    labels = [label for _, label in full]
+    labels = None if None in labels else labels
     begin = time.perf_counter()
-    clips = np.asarray(run.animate(images, labels, **sweep))
+    clips = np.asarray(make(images, labels, **sweep))
     seconds.append(time.perf_counter() - begin)
     yield from clips[:len(batch)]
 
@@ -313,6 +406,20 @@ class _Writer:
     self._pool.shutdown(cancel_futures=kind is not None)
     for job in self._jobs if kind is None else ():
       job.result()
+
+
+def _ahead(items, count=16):
+  """Yields the items, up to `count` of which a thread makes in advance."""
+  items, end = iter(items), object()
+  pool = futures.ThreadPoolExecutor(1)
+  make = lambda: pool.submit(next, items, end)
+  try:
+    jobs = collections.deque(make() for _ in range(count))
+    while (item := jobs.popleft().result()) is not end:
+      jobs.append(make())
+      yield item
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def _write(clips, outs, args, progress, writer):

@@ -2,18 +2,22 @@
 
     run = hatjax.load('runs/a')
     video = run.animate(image, 'happy')        # uint8 [B, T, H, W, 3]
+
+Where a run has several stages, each refines the video of the one before.
 """
 
+import dataclasses
 import functools
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax import data, methods, metrics, parallel, video, workdir
+from hatjax import data, diffusion, methods, parallel, settings, video, workdir
+from hatjax import state as state_lib
 
-MAX_FRAMES = 32  # a validation clip is thinned out to at most this many
 DECODE_FRAMES = 256  # frames decoded per call, over all clips
 
 
@@ -33,12 +37,105 @@ def example_batch(stage):
   )
 
 
+class Stage(NamedTuple):
+  """A trained method, one link of a cascade."""
+
+  name: str
+  method: methods.Method
+  state: state_lib.TrainState
+
+
+def restore_state(disk, method, stage, step=None):
+  """The state of a stage on one device, or None if it has no checkpoint.
+
+  Args:
+    disk: workdir.Run of the stage.
+    method: see `make_method`.
+    stage: its block of the config.
+    step: which checkpoint; default the latest.
+  """
+  abstract = jax.eval_shape(
+    method.init, jax.random.key(0), example_batch(stage)
+  )
+  if jax.process_count() == 1:  # Wherever it was when it was saved.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      abstract,
+    )
+  return disk.restore(abstract, step)
+
+
+def _load_stage(folder, config, name, step=None):
+  stage = config[name]
+  method = make_method(stage, config['info'], stage['data']['image_size'])
+  disk = workdir.Run(pathlib.Path(folder) / name, read_only=True)
+  state = restore_state(disk, method, stage, step)
+  disk.close()
+  if state is None:
+    raise ValueError(
+      f'{folder} has no checkpoint yet. Train further: run hatjax.train with '
+      'the same config and workdir.'
+    )
+  return Stage(name, method, state)
+
+
+def load_earlier(config):
+  """The stages that config.init_from takes from other runs; [] if none.
+
+  Raises:
+    ValueError: no such run, or one of other labels, named by the setting.
+  """
+  stages = []
+  for name, folder in config.get('init_from', {}).items():
+    if not folder:
+      continue
+    other, setting = workdir.read_config(folder), f'config.init_from.{name}'
+    if name not in other['stages']:
+      raise ValueError(
+        f'{setting}: {folder} has no stage {name}. It has: '
+        f'{", ".join(other["stages"])}.'
+      )
+    ours, theirs = config['info']['labels'], other['info']['labels']
+    if ours != theirs:
+      raise ValueError(
+        f'{setting}: {folder} knows the labels {", ".join(theirs)}, these '
+        f'records have {", ".join(ours)}. Take a run on the same records.'
+      )
+    # It makes drafts in the way this run computes: memory, determinism.
+    other = {**other, name: methods.settle(config, other[name])}
+    stages.append(_load_stage(folder, other, name))
+  return stages
+
+
+def check_cascade(named):
+  """Raises ValueError unless each stage can follow the one before.
+
+  Args:
+    named: list of (stage name, method), in order.
+  """
+  for (before, drafter), (name, method) in zip([('', None), *named], named):
+    if drafter is None and getattr(method, 'needs_draft', False):
+      raise ValueError(
+        f"config.{name}.model.mode is 'paired': it learns from the drafts of a "
+        'stage before it, and there is none. Train both '
+        '(--config <file>:hat_cgan_diff), name a trained run '
+        "(--config.init_from.hat_cgan=<workdir>), or set mode to 'noise'."
+      )
+    if drafter and drafter.image_size != method.image_size:
+      raise ValueError(
+        f'{before} makes videos of side {drafter.image_size}, {name} refines '
+        f'{method.image_size}. Set config.{name}.data.image_size (and '
+        'model.image_size) to the same.'
+      )
+
+
 def load(folder, step=None):
   """Opens a trained run.
 
   Args:
     folder: its workdir.
-    step: which checkpoint; default the latest.
+    step: which checkpoint of its last stage; default the latest.
 
   Returns:
     Run.
@@ -48,24 +145,10 @@ def load(folder, step=None):
   """
   parallel.enable_compilation_cache()
   config = workdir.read_config(folder)
-  name = config['stages'][-1]
-  stage = config[name]
-  method = make_method(stage, config['info'], stage['data']['image_size'])
-  disk = workdir.Run(pathlib.Path(folder) / name, read_only=True)
-  abstract = jax.eval_shape(
-    method.init, jax.random.key(0), example_batch(stage)
-  )
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
-  )
-  state = disk.restore(abstract, step)
-  if state is None:
-    raise ValueError(
-      f'{folder} has no checkpoint yet. Train further: run hatjax.train with '
-      'the same config and workdir.'
-    )
-  return Run(config, method, state)
+  *first, last = config['stages']
+  stages = load_earlier(config)
+  stages += [_load_stage(folder, config, name) for name in first]
+  return Run(config, [*stages, _load_stage(folder, config, last, step)])
 
 
 class Run:
@@ -73,18 +156,20 @@ class Run:
 
   Attributes:
     config: the dict in its config.json.
-    labels: labels it was trained on, () if the method reads none.
+    stages: tuple of Stage, in the order they work.
+    labels: labels it was trained on, () if no method reads any.
     image_size: side of what it makes, pixels.
     crop: 'face' or 'none': how its training records were cropped.
-    step: of the checkpoint.
+    step: of the last stage's checkpoint.
   """
 
-  def __init__(self, config, method, state):
-    self.config, self.method, self.state = config, method, state
+  def __init__(self, config, stages):
+    self.config, self.stages = config, tuple(stages)
+    _, self.method, self.state = self.stages[-1]
     self.crop = config['info']['crop']
-    self.image_size = method.image_size
-    self.step = int(state.step)
-    reads_label = 'label' in method.reads
+    self.image_size = self.method.image_size
+    self.step = int(self.state.step)
+    reads_label = any('label' in s.method.reads for s in self.stages)
     self.labels = (
       tuple(config['info']['trained_labels']) if reads_label else ()
     )
@@ -95,7 +180,7 @@ class Run:
 
   def animate(
     self, images, labels=None, *, num_frames=32, sweep='profile',
-    alpha_max=1.0, alpha=None, seed=0,
+    alpha_max=1.0, alpha=None, seed=0, refine=None, num_sample_steps=None,
   ):
     """Expression videos.
 
@@ -108,36 +193,156 @@ class Run:
         training, times alpha_max) or 'reference' (0, 0.05, ..., 0.95).
       alpha_max: strength of the last frame.
       alpha: float [B, T] intensities instead of a sweep.
-      seed: of the noise vector, for methods that have one.
+      seed: of the noise.
+      refine: strength of the refinement; 0 returns the first stage's video
+        bit for bit; default: the config's.
+      num_sample_steps: see `refine`.
 
     Returns:
       uint8 [B, T, S, S, 3].
 
     Raises:
-      ValueError: unknown label, sweep or image size.
+      ValueError: unknown label, sweep or image size; a run that cannot.
     """
     images = np.asarray(images)
     images = images[None] if images.ndim == 3 else images
-    size = (self.image_size, self.image_size, 3)
-    if images.dtype != np.uint8 or images.shape[1:] != size:
+    self._check_frames('images', images)
+    if 'draft' in self.stages[0].method.reads:
       raise ValueError(
-        f'images must be uint8 [B, {size[0]}, {size[1]}, 3], not '
-        f'{images.dtype} {list(images.shape)}.'
+        f'This run has no stage before {self.stages[0].name}: it refines '
+        'videos and makes none from a face. Pass --video clip.mp4, '
+        'or train both stages: --config <file>:hat_cgan_diff'
       )
+    refines = len(self.stages) > 1
+    if refines or (refine, num_sample_steps) != (None, None):
+      refine, steps = self._refinement(refine, num_sample_steps)
     label = self._label_ids(labels, len(images))
     rng = jax.random.key(seed)
-    if not hasattr(self.method, 'encode'):
-      return np.asarray(self._whole(self.state, images, label, rng, num_frames))
+    clips = self._make(images, label, rng, num_frames, sweep, alpha_max, alpha)
+    if not refines or not refine:
+      return clips
+    frames = np.moveaxis(clips, 1, 0)
+    label = label if self.labels else None
+    return np.stack([*self._refined(frames, label, refine, steps, seed)], 1)
+
+  def _make(self, images, label, rng, num_frames, sweep, alpha_max, alpha):
+    """The first stage's videos, uint8 [B, T, S, S, 3]."""
+    _, method, state = self.stages[0]
+    if not hasattr(method, 'encode'):
+      return np.asarray(self._whole(state, images, label, rng, num_frames))
     if alpha is None:
-      alpha = self._sweep(self.state, label, num_frames, sweep, alpha_max)
+      alpha = self._sweep(state, label, num_frames, sweep, alpha_max)
     alpha = jnp.asarray(alpha, jnp.float32)
-    context = self._encode(self.state, images, label)
+    context = self._encode(state, images, label)
     chunk = max(1, DECODE_FRAMES // len(images))
     parts = []
     for start in range(0, alpha.shape[1], chunk):
       part = alpha[:, start : start + chunk]
-      parts.append(self._decode(self.state, context, part, rng))
+      parts.append(self._decode(state, context, part, rng))
     return np.concatenate(jax.device_get(parts), 1)
+
+  def refine(
+    self, frames, label=None, *, strength=None, num_sample_steps=None, seed=0
+  ):
+    """Refines a video of any length, holding two windows of it at most.
+
+    Windows of as many frames as the stage was trained on, each overlapping
+    the next by half, are refined on their own and cross-faded. Frame t starts
+    from noise that depends on (seed, t) alone, so the result does not depend
+    on how the frames come.
+
+    Args:
+      frames: iterable of uint8 [S, S, 3], faces cropped as in training.
+      label: name of the expression, if known.
+      strength: share of the noise levels the video is noised by, 0 to 1; 0
+        keeps every frame bit for bit; default: the config's.
+      num_sample_steps: denoising steps from pure noise; a video needs its
+        share, rounded. Default: the config's.
+      seed: of the noise.
+
+    Returns:
+      Iterator of uint8 [S, S, 3], one for each frame.
+
+    Raises:
+      ValueError: a run without a refining stage, wrong strength, frame size.
+    """
+    strength, steps = self._refinement(strength, num_sample_steps)
+    label = None if label is None else self._label_ids(label, 1)
+    if not strength:
+      return iter(frames)
+    clips = (self._check_frames('frames', np.asarray(f)[None]) for f in frames)
+    refined = self._refined(clips, label, strength, steps, seed)
+    return (frame[0] for frame in refined)
+
+  def animate_noise(
+    self, numbers, labels=None, *, num_frames=32, seed=0, num_sample_steps=None
+  ):
+    """Videos from pure noise, without a face or a draft.
+
+    Args:
+      numbers: int [B], which of the seed's draws.
+      labels: one name, or B names; None for no condition.
+      num_frames: T.
+      seed: of the noise.
+      num_sample_steps: default: the config's.
+
+    Returns:
+      uint8 [B, T, S, S, 3].
+
+    Raises:
+      ValueError: a run that only refines, or refines nothing.
+    """
+    _, steps = self._refinement(None, num_sample_steps)
+    if getattr(self.method, 'needs_draft', False):
+      raise ValueError(
+        "This run was trained in mode 'paired': it only refines drafts. Leave "
+        "--from_noise out, or train with model.mode 'noise'."
+      )
+    numbers = np.asarray(numbers, np.int32)
+    label = None if labels is None else self._label_ids(labels, len(numbers))
+    return np.asarray(self._from_noise(
+      self.state, label, numbers, jax.random.key(seed), num_frames, steps
+    ))
+
+  def _refinement(self, strength, steps):
+    """(strength, steps) of a refinement, checked, or the config's."""
+    if 'draft' not in self.method.reads:
+      raise ValueError(
+        f'This run has no stage that refines, only {self.stages[-1].name}. '
+        'Train both stages: --config <file>:hat_cgan_diff'
+      )
+    strength = self.method.strength if strength is None else strength
+    settings.check_shares(refine=strength)
+    steps = self.method.num_sample_steps if steps is None else steps
+    if steps < 1:
+      raise ValueError(f'num_sample_steps is {steps}. It must be at least 1.')
+    return float(strength), int(steps)
+
+  def _check_frames(self, name, frames):
+    """`frames`; ValueError unless they are uint8 [B, S, S, 3]."""
+    size = (self.image_size, self.image_size, 3)
+    if frames.dtype != np.uint8 or frames.shape[1:] != size:
+      raise ValueError(
+        f'{name} must be uint8 [B, {size[0]}, {size[1]}, 3], not '
+        f'{frames.dtype} {list(frames.shape)}.'
+      )
+    return frames
+
+  def _refined(self, frames, label, strength, steps, seed):
+    """Iterables of uint8 [B, S, S, 3], before and after the last stage."""
+    name, method, state = self.stages[-1]
+    rng = jax.random.key(seed)
+    trained = self.config[name]['data']['num_frames']
+
+    def denoise(clip, start):
+      positions = start + np.arange(len(clip))
+      return np.asarray(self._denoise(
+        state, np.stack(clip, 1), label, positions, rng, strength, steps
+      ))
+
+    window = method.window or trained
+    for frame in diffusion.cross_fade(frames, denoise, window):
+      yield video.to_uint8(frame)
 
   def neutral_faces(self, split, limit=None, directory=None):
     """First frames of the training records, one per subject of a split.
@@ -173,131 +378,66 @@ class Run:
   def _encode(self):
     def encode(state, images, label):
       inputs = {'image': video.to_float(images), 'label': label}
-      return self.method.encode(state, inputs)
+      return self.stages[0].method.encode(state, inputs)
 
     return jax.jit(encode)
 
   @functools.cached_property
   def _decode(self):
     def decode(state, context, chunk, rng):
-      return video.to_uint8(self.method.decode(state, context, chunk, rng))
+      method = self.stages[0].method
+      return video.to_uint8(method.decode(state, context, chunk, rng))
 
     return jax.jit(decode)
 
   @functools.cached_property
   def _whole(self):
     def whole(state, images, label, rng, num_frames):
+      method = self.stages[0].method
       inputs = {'image': video.to_float(images), 'label': label}
-      inputs = {k: inputs[k] for k in self.method.reads if k in inputs}
-      return video.to_uint8(
-        self.method.animate(state, inputs, rng, num_frames)
-      )
+      inputs = {k: inputs[k] for k in method.reads if k in inputs}
+      return video.to_uint8(method.animate(state, inputs, rng, num_frames))
 
     return jax.jit(whole, static_argnums=4)
 
   @functools.cached_property
   def _sweep(self):
-    return jax.jit(self.method.sweep_alpha, static_argnums=(2, 3))
+    return jax.jit(self.stages[0].method.sweep_alpha, static_argnums=(2, 3))
+
+  @functools.cached_property
+  def _denoise(self):
+    def denoise(state, draft, label, positions, rng, strength, steps):
+      rng_noise, rng_walk = jax.random.split(rng)
+      inputs = {
+        'draft': video.to_float(draft),
+        'noise': _noise(rng_noise, positions, draft[:, 0].shape, 1),
+      } | ({} if label is None else {'label': label})
+      method = dataclasses.replace(
+        self.method, strength=strength, num_sample_steps=steps
+      )
+      rng_walk = jax.random.fold_in(rng_walk, positions[0])
+      return method.animate(state, inputs, rng_walk, draft.shape[1])
+
+    return jax.jit(denoise, static_argnames=('strength', 'steps'))
+
+  @functools.cached_property
+  def _from_noise(self):
+    def from_noise(state, label, numbers, rng, num_frames, steps):
+      rng_noise, rng_walk = jax.random.split(rng)
+      shape = (num_frames, self.image_size, self.image_size, 3)
+      inputs = {'noise': _noise(rng_noise, numbers, shape)} | (
+        {} if label is None else {'label': label}
+      )
+      method = dataclasses.replace(self.method, num_sample_steps=steps)
+      rng_walk = jax.random.fold_in(rng_walk, numbers[0])
+      return video.to_uint8(
+        method.animate(state, inputs, rng_walk, num_frames)
+      )
+
+    return jax.jit(from_noise, static_argnames=('num_frames', 'steps'))
 
 
-# -- validation --------------------------------------------------------------
-
-
-def thin_out(clip, limit=MAX_FRAMES):
-  """At most `limit` evenly spaced frames, the first and last among them."""
-  if len(clip) <= limit:
-    return clip
-  return clip[np.linspace(0, len(clip) - 1, limit).round().astype(int)]
-
-
-def make_scorer(method):
-  """A jitted function that scores one clip.
-
-  Args:
-    method: see `hatjax.methods`.
-
-  Returns:
-    (state, clip uint8 [T, H, W, 3], n, label) -> dict of per-frame PSNR in dB
-    [T] and the generated frames uint8 [T, H, W, 3]; frames from n on are
-    padding. 'psnr_generated' knows what the method reads and nothing else,
-    'psnr_copy' repeats the input, and 'psnr', the score a checkpoint is
-    ranked by, has alpha inferred from each real frame where the method can
-    (else it is psnr_generated).
-  """
-
-  def score(state, clip, n, label):
-    real = video.to_float(clip)
-    known = {
-      'image': real[:1], 'driving': real[None],
-      'label': jnp.full((1,), label, jnp.int32),
-    }
-    inputs = {key: known[key] for key in method.reads if key in known}
-    time = jnp.arange(len(clip)) / jnp.maximum(n - 1, 1)
-    rng = jax.random.key(0)
-    if hasattr(method, 'sweep_alpha'):
-      fine = method.sweep_alpha(state, known['label'], 256, 'profile')[0]
-      inputs['alpha'] = jnp.interp(time, jnp.linspace(0, 1, 256), fine)[None]
-    fake = method.animate(state, inputs, rng, len(clip))[0]
-    if 'alpha' not in inputs:  # It made T frames for times 0..1.
-      nearest = jnp.round(time * (len(clip) - 1)).astype(jnp.int32)
-      fake = fake[jnp.minimum(nearest, len(clip) - 1)]
-    out = {
-      'psnr_generated': metrics.psnr(fake, real),
-      'psnr_copy': metrics.psnr(jnp.broadcast_to(real[:1], real.shape), real),
-      'frames': video.to_uint8(fake),
-    }
-    out['psnr'] = out['psnr_generated']
-    if hasattr(method, 'infer'):
-      out['alpha'] = method.infer(state, known)[0]
-      inputs['alpha'] = out['alpha'][None]
-      shown = method.animate(state, inputs, rng, len(clip))[0]
-      out['psnr'] = metrics.psnr(shown, real)
-    return out
-
-  return jax.jit(score)
-
-
-def score_clips(scorer, state, clips):
-  """Mean scores over all frames but the first, and the frames themselves.
-
-  Args:
-    scorer: from `make_scorer`.
-    state: TrainState.
-    clips: as `Batches.whole_clips` yields them.
-
-  Returns:
-    ({name: value}, list of (real, generated)): 'val/psnr' and its kin in dB,
-    'val/apex_generated' and 'val/apex_copy' for the last frames, and, where
-    alpha is inferred, 'val/alpha_order', the lowest Spearman correlation of
-    alpha with the frame index over the clips.
-  """
-  rows, pairs, orders = [], [], []
-  for clip in clips:
-    real = thin_out(clip['video'])
-    n = len(real)
-    padded = np.concatenate([real, real[-1:].repeat(MAX_FRAMES - n, 0)])
-    out = jax.device_get(scorer(state, padded, n, clip['label']))
-    rows.append({k: v[1:n] for k, v in out.items() if k.startswith('psnr')})
-    pairs.append((real, out['frames'][:n]))
-    if 'alpha' in out and n > 2:
-      orders.append(_spearman(out['alpha'][1:n]))
-  if not rows:
-    return {}, []
-  last = lambda key: float(np.mean([row[key][-1] for row in rows]))
-  means = {
-    f'val/{k}': float(np.concatenate([r[k] for r in rows]).mean())
-    for k in rows[0]
-  }
-  means |= {
-    'val/apex_generated': last('psnr_generated'),
-    'val/apex_copy': last('psnr_copy'),
-  }
-  if orders:
-    means['val/alpha_order'] = min(orders)
-  return means, pairs
-
-
-def _spearman(values):
-  """Rank correlation with the index (ties in order of appearance)."""
-  ranks = np.argsort(np.argsort(values, kind='stable'), kind='stable')
-  return float(np.corrcoef(ranks, np.arange(len(values)))[0, 1])
+def _noise(rng, numbers, shape, axis=0):
+  """Normal noise, for each number its own, stacked along `axis`."""
+  draw = lambda n: jax.random.normal(jax.random.fold_in(rng, n), shape)
+  return jax.vmap(draw, out_axes=axis)(numbers)

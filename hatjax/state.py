@@ -37,6 +37,11 @@ class TrainState(struct.PyTreeNode):
     """The averaged parameters of a net, or its latest if none are kept."""
     return self.ema.get(net, self.params[net])
 
+  def frozen(self):
+    """What inference needs: no optimizer, averaged parameters alone."""
+    params = {net: self.inference_params(net) for net in self.params}
+    return self.replace(params=params, opt_state={}, ema={})
+
 
 def create(params, tx, model_state=None, ema=()):
   """A state at step 0.
@@ -59,29 +64,6 @@ def create(params, tx, model_state=None, ema=()):
 def pmean(tree, axis_name):
   """Mean over devices under pmap; the identity when `axis_name` is None."""
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-
-DTYPES = ('float32', 'bfloat16')
-
-
-def check_choices(method, **known):
-  """Raises ValueError where a method's setting is none of those known.
-
-  Args:
-    method: its `dtype` and `microbatches` are checked as well.
-    **known: setting name -> the values it may have.
-  """
-  for name, values in {**known, 'dtype': DTYPES}.items():
-    value = getattr(method, name)
-    if value not in values:
-      raise ValueError(
-        f'model.{name} is {value!r}. Choose one of: {", ".join(values)}.'
-      )
-  if method.microbatches < 1:
-    raise ValueError(
-      f'model.microbatches is {method.microbatches}. Use 1, or more to compute '
-      'a step in as many parts.'
-    )
 
 
 # -- microbatches ------------------------------------------------------------

@@ -21,6 +21,8 @@ from hatjax import (
   parallel,
   prepare,
   runs,
+  settings,
+  validation,
   workdir,
 )
 
@@ -89,7 +91,7 @@ def train(config, folder, data_dir=None):
   """
   # Everything that can be wrong in the settings is found here, before the
   # workdir is made and a device is touched.
-  parts = []
+  parts, info = [], None
   for name in config['stages']:
     block = methods.settle(config, config[name])
     config = {**config, name: block}
@@ -98,11 +100,19 @@ def train(config, folder, data_dir=None):
       data.make_batches, f'{name}.data', seed=config['seed'],
       directory=data_dir, **block['data'],
     )
-    info = describe(batches)
+    info = _agree(info, describe(batches), name)
     epoch = max(1, len(batches.clips) // batches.batch_size)
     method = runs.make_method(block, info, batches.image_size, epoch)
+    settings.check_choices(train__draft_alpha=(
+      block['train'].get('draft_alpha', 'inferred'), validation.DRAFT_ALPHAS
+    ))
     parts.append((name, block, batches, method))
-  config = {**config, 'info': info}
+  config = _absolute({**config, 'info': info})
+  earlier = runs.load_earlier(config)
+  runs.check_cascade(
+    [stage[:2] for stage in earlier] + [(part[0], part[3]) for part in parts]
+  )
+  previous = _frozen(*earlier[-1]) if earlier else None
   options = parallel.compiler_options(
     config, print if jax.process_index() == 0 else lambda line: None
   )
@@ -112,10 +122,16 @@ def train(config, folder, data_dir=None):
     for name, block, batches, method in parts:
       run = workdir.Run(folder / name, block['train'].get('keep', 3))
       try:
-        stage = _Stage(config, block, batches, method, run, data_dir, options)
-        states[name] = _train_stage(stage, root)
+        state = _finished(run, method, block)
+        if state is None:
+          stage = _Stage(
+            config, block, batches, method, run, data_dir, options, previous
+          )
+          state = _train_stage(stage, root)
       finally:
         run.close()
+      states[name] = state
+      previous = _frozen(name, method, state)
   return states
 
 
@@ -126,6 +142,40 @@ def _ensure_records(name, data_dir):
 
   if name.startswith('synthetic/'):
     parallel.first_process(make)
+
+
+def _frozen(name, method, state):
+  """A stage as the next one needs it, on the host."""
+  return runs.Stage(name, method, jax.device_get(state.frozen()))
+
+
+def _finished(run, method, block):
+  """The state of a stage that has all its steps, else None."""
+  step = run.latest_step()
+  if step is None or step < block['train']['num_steps']:
+    return None
+  print(f'{run.folder} is done: step {step}.')
+  return runs.restore_state(run, method, block)
+
+
+def _agree(info, other, name):
+  """`other`, what the data of a stage say; its labels must be `info`'s."""
+  if info and info['labels'] != other['labels']:
+    raise ValueError(
+      f'config.{name}.data.name: its labels are {", ".join(other["labels"])}, '
+      f'those of the stage before {", ".join(info["labels"])}. Use the same '
+      'records.'
+    )
+  return other
+
+
+def _absolute(config):
+  """A run must find the runs it builds on from any folder."""
+  full = lambda folder: folder and os.path.abspath(os.path.expanduser(folder))
+  if 'init_from' not in config:
+    return config
+  init_from = {k: full(v) for k, v in config['init_from'].items()}
+  return {**config, 'init_from': init_from}
 
 
 def _call(function, block, **kwargs):
@@ -153,23 +203,35 @@ def describe(batches):
 class _Stage:
   """One stage being trained: what the loop below does between steps."""
 
-  def __init__(self, config, stage, batches, method, run, data_dir, options):
+  def __init__(
+    self, config, stage, batches, method, run, data_dir, options, previous=None
+  ):
     self.settings, self.run = stage['train'], run
     self.batches = batches
+    prepare, resident = batches.prepare, batches.resident_frames()
+    if getattr(method, 'needs_draft', False):
+      alpha = self.settings.get('draft_alpha', 'inferred')
+      prepare = validation.add_drafts(
+        prepare, previous.method, alpha, getattr(method, 'microbatches', 1)
+      )
+      resident = {'frames': resident, 'previous': previous.state}
     self.runner = parallel.Runner(
-      method, batches.prepare, batches.resident_frames(),
-      config.get('parallel', 'jit'),
+      method, prepare, resident, config.get('parallel', 'jit'),
       dispatch=self.settings.get('dispatch', 'auto'), options=options,
     )
     self.runner.check_batch_size(batches.batch_size)
-    validation = data.make_batches(
+    held_out = data.make_batches(
       directory=data_dir,
       **{**stage['data'], 'split': self.settings.get('val_split', 'val')},
     )
     self.clips = list(
-      validation.whole_clips(self.settings.get('val_clips', 8))
+      held_out.whole_clips(self.settings.get('val_clips', 8))
     )
-    self.scorer = runs.make_scorer(method)
+    self.scorer = validation.make_scorer(method, previous)
+    # A stage that refines is scored on as many frames as it learns from.
+    self.limit = validation.MAX_FRAMES
+    if 'draft' in method.reads:
+      self.limit = batches.num_frames
 
   def start(self, root):
     """(step, state): the newest checkpoint, or step 0."""
@@ -204,12 +266,14 @@ class _Stage:
   def save(self, step, state, with_sample):
     """Scores, saves and perhaps draws the state."""
     state = self.runner.fetch(state)
-    scores, pairs = runs.score_clips(self.scorer, state, self.clips)
+    scores, shown = validation.score_clips(
+      self.scorer, state, self.clips, self.limit
+    )
     if scores:
       self.run.log(step, scores)
     self.run.save(step, state, scores)
-    if with_sample and pairs:
-      self.run.sample(step, pairs[:6])
+    if with_sample and shown:
+      self.run.sample(step, shown[:6])
     self.run.plot_losses()
 
 
@@ -264,7 +328,9 @@ def _progress_bar(stage, step):
 
 def _shown(metrics):
   """The few numbers that fit beside the bar."""
-  names = ('loss/l1', 'loss/gan', 'loss/generator', 'psnr/train')
+  names = (
+    'loss/l1', 'loss/gan', 'loss/generator', 'loss/denoise', 'psnr/train',
+  )
   short = {n.split('/')[0 if 'psnr' in n else 1]: n for n in names}
   return {k: f'{metrics[n]:.3g}' for k, n in short.items() if n in metrics}
 

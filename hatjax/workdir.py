@@ -317,21 +317,20 @@ class Run:
 
     Args:
       step: names the files.
-      clips: list of (real, fake), both uint8 [T, H, W, 3].
+      clips: list of (real, generated) or (real, draft, generated), all uint8
+        [T, H, W, 3].
       fps: of the mp4.
     """
     if not self._writes_logs:
       return
-    rows = [video.strip(x) for pair in clips for x in pair]
+    rows = [video.strip(x) for clip in clips for x in clip]
     strip = video.stack_rows(rows)
     path = self.folder / 'samples' / f'{step:08d}'
     path.with_suffix('.png').write_bytes(video.encode_png(strip))
-    longest = max(len(real) for real, _ in clips)
+    longest = max(len(clip[0]) for clip in clips)
     hold = lambda x: np.concatenate([x, x[-1:].repeat(longest - len(x), 0)])
-    pairs = np.stack([
-      np.concatenate([hold(real), hold(fake)], 2) for real, fake in clips
-    ])
-    video.write_video(path.with_suffix('.mp4'), video.tile(pairs), fps)
+    rows = np.stack([np.concatenate([*map(hold, c)], 2) for c in clips])
+    video.write_video(path.with_suffix('.mp4'), video.tile(rows), fps)
     self._tensorboard().add_image('samples', strip, step, dataformats='HWC')
 
   def plot_losses(self):

@@ -68,6 +68,60 @@ def test_the_apex_can_be_in_every_batch(toy_records):
   assert (times[:, -1] < 1).any()
 
 
+def test_even_frames_spread_over_the_whole_clip_in_order(toy_records):
+  # 8 frames, numbered 0..7: round(7 k / 3) = 0, 2, 5, 7.
+  for resident in ('no', 'yes'):
+    made = batches(
+      toy_records, frames='even', num_frames=3, resident=resident
+    )
+    for batch in take(made.iterate(), 5):
+      np.testing.assert_allclose(
+        batch['time'], np.tile(np.array([0, 2, 5, 7]) / 7, (2, 1)), rtol=1e-6
+      )
+  # More than the clip has: frames come twice, none is left out.
+  made = batches(toy_records, frames='even', num_frames=14)
+  (batch,) = take(made.iterate(), 1)
+  index = np.round(batch['time'][0] * 7).astype(int)
+  assert index[0] == 0 and set(index) == set(range(8))
+  assert (np.diff(index) >= 0).all()
+
+
+@pytest.mark.parametrize('resident', ['no', 'yes'])
+def test_a_window_is_any_part_of_a_clip_evenly(toy_records, resident):
+  made = batches(
+    toy_records, frames='window', num_frames=3, resident=resident
+  )
+  seen = set()
+  for batch in take(made.iterate(), 200):
+    first, *window = np.round(batch['time'].T * 7).astype(int)
+    assert (first == 0).all()  # the neutral frame, whatever the window
+    seen |= set(zip(*window))
+  # Of 8 frames: all spans from 2, all starts, the middle rounded.
+  expected = {
+    (s, round(s + span / 2), s + span)
+    for span in range(2, 8) for s in range(8 - span)
+  }
+  assert seen == expected
+  assert {(0, 1, 2), (5, 6, 7), (0, 4, 7)} <= seen
+
+
+def test_windows_of_short_clips_and_of_apexes(toy_records):
+  # As many frames as the clip has, or more: all of it.
+  for count, expected in ((8, list(range(8))), (15, None)):
+    made = batches(toy_records, frames='window', num_frames=count)
+    for batch in take(made.iterate(), 3):
+      for time in np.round(batch['time'] * 7).astype(int):
+        assert time[0] == time[1] == 0 and set(time) == set(range(8))
+        assert (np.diff(time) >= 0).all()
+        assert expected is None or list(time[1:]) == expected
+  made = batches(
+    toy_records, frames='window', num_frames=3, include_last=True
+  )
+  times = np.concatenate([b['time'] for b in take(made.iterate(), 20)])
+  np.testing.assert_array_equal(times[:, -1], 1)
+  assert len(set(times[:, 1])) > 3
+
+
 def test_every_clip_comes_once_per_epoch_in_changing_order(toy_records):
   # Batches of 3 straddle the epochs of 8 clips.
   stream = batches(toy_records, resident='no', batch_size=3).iterate()
@@ -161,8 +215,12 @@ def test_labels_filter_by_alias(toy_records):
   (dict(split='trian'), 'Choose one of: .*everything'),
   (dict(name='frame_folders/face-99'), 'hatjax.prepare frame_folders'),
   (dict(name='mug/face-256-none'), 'image_size 256 --half none --data_dir'),
+  (dict(name='synthetic/default'), 'hatjax.prepare synthetic --data_dir'),
+  (dict(name='synthetic/32-grey-i6-f4-s1'), 'prepare synthetic --image_size 32 '
+   '--grey --num_identities 6 --num_frames 4 --seed 1 --data_dir'),
   (dict(resident=True), 'auto, yes, no'),
   (dict(resize='nearest'), 'auto, cubic, area'),
+  (dict(frames='odd'), 'data.frames is .odd.*random, even, window'),
   (dict(load_size=8), 'load_size 8 is smaller'),
   (dict(load_size=20, pad=0, crop_offsets=6), r'1\.\.5'),
 ])

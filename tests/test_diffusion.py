@@ -362,17 +362,22 @@ def tiny():
   return method, state, jax.jit(method.animate, static_argnums=3)
 
 
-def test_clips_are_sorted_by_time_and_drafts_with_them():
+def test_later_frames_are_sorted_by_time_and_drafts_with_them():
   method = make(mode='paired')
   batch = toy_batch()
-  order = np.array([[2, 0, 3, 1], [0, 3, 2, 1]])
+  order = np.array([[0, 2, 3, 1], [0, 3, 2, 1]])
   shuffled = {
     key: np.take_along_axis(
       batch[key], order.reshape(2, 4, *(1,) * (batch[key].ndim - 2)), 1
     ) for key in ('video', 'draft', 'time')
   }
   for got, key in zip(method._sorted_clip(shuffled), ('video', 'draft')):
-    np.testing.assert_array_equal(got, batch[key])
+    np.testing.assert_array_equal(got, batch[key][:, 1:])
+  # A window that begins with the neutral frame again keeps it.
+  batch['time'][:, 1] = 0
+  np.testing.assert_array_equal(
+    method._sorted_clip(batch)[0], batch['video'][:, 1:]
+  )
 
 
 def test_a_draft_at_no_strength_comes_back_bit_for_bit(tiny):

@@ -12,7 +12,7 @@ import pytest
 
 from configs import common
 from configs.methods import hat_cgan as hat_config
-from hatjax import intensity, lips, losses, methods, parallel, runs
+from hatjax import intensity, lips, losses, methods, parallel, validation
 from hatjax.nets import hat_cgan as nets
 
 LABELS = 3
@@ -392,7 +392,8 @@ def test_generator_loss_is_the_weighted_sum_of_its_parts(stage, batch):
   k = batch['video'].shape[1] - 1
   expected = (
     m['loss/gan'] + m['loss/patch'] + 100 * m['loss/l1']
-    + 3 * m['loss/recon'] + 5 * m['loss/code'] + 7 / k * m['loss/alpha']
+    + 20 * m['loss/lips'] + 3 * m['loss/recon'] + 5 * m['loss/code']
+    + 7 / k * m['loss/alpha']
   )
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   scores = method._scores(
@@ -581,13 +582,13 @@ def test_validation_scores_know_a_perfect_copy(stage):
   still = rng.integers(0, 256, (1, 16, 16, 3), np.uint8).repeat(5, 0)
   noisy = still.copy()
   noisy[1:] = 255 - noisy[1:]
-  scorer = runs.make_scorer(method)
-  scores, pairs = runs.score_clips(scorer, state, [
+  scorer = validation.make_scorer(method)
+  scores, pairs = validation.score_clips(scorer, state, [
     {'id': 'a', 'label': 0, 'video': still},
   ])
   assert scores['val/psnr_copy'] > 100 and scores['val/psnr_generated'] > 60
   assert pairs[0][1].shape == (5, 16, 16, 3)
-  other, _ = runs.score_clips(scorer, state, [
+  other, _ = validation.score_clips(scorer, state, [
     {'id': 'b', 'label': 1, 'video': noisy},
   ])
   a, b = still[0] / 127.5 - 1, noisy[1] / 127.5 - 1

@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage, signal, stats
 from skimage.metrics import peak_signal_noise_ratio
 
-from hatjax import intensity, losses, metrics, optim, runs, warp
+from hatjax import intensity, losses, metrics, optim, validation, warp
 from hatjax.nets import hat_cgan as nets
 from hatjax.nets import layers
 
@@ -324,7 +324,7 @@ def test_sweeps():
 def test_spearman_equals_scipy():
   values = normal(0, 12)
   expected = stats.spearmanr(np.arange(12), values)[0]
-  np.testing.assert_allclose(runs._spearman(values), expected, atol=1e-6)
+  np.testing.assert_allclose(validation._spearman(values), expected, atol=1e-6)
 
 
 # -- nets ---------------------------------------------------------------------

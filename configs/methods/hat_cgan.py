@@ -7,7 +7,7 @@ reference  the released AffineGAN code: latent only, no label, L1 100
 tiny       the smallest legal one: seconds on a CPU
 """
 
-import ml_collections
+from configs import methods
 
 PRESETS = ('default', 'paper', 'reference', 'tiny')
 NETS = (
@@ -26,44 +26,16 @@ def get_stage(preset, image_size, data):
   Returns:
     ConfigDict with method, model, optim, data and train.
   """
-  if preset not in PRESETS:
-    raise ValueError(
-      f'hat_cgan has no preset {preset!r}. Choose one of: '
-      f'{", ".join(PRESETS)}.'
-    )
-  stage = ml_collections.ConfigDict()
-  stage.method = 'hat_cgan'
+  # The apex in every batch is alpha's yardstick.
+  stage = methods.start_stage(
+    'hat_cgan', PRESETS, preset, image_size, include_last=True
+  )
   stage.model = _model(preset, image_size)
   adam = dict(lr=2e-4, b1=0.5, b2=0.999)
   if preset == 'reference':
     # Counted in epochs: constant, then linearly to 0.
     adam |= dict(schedule='epochs', constant_steps=10_000, decay_steps=100)
   stage.optim = {net: dict(adam) for net in NETS}
-  stage.data = dict(
-    image_size=image_size,
-    batch_size=1,                 # clips
-    num_frames=12,                # K, besides the neutral one
-    include_last=True,            # the K-th is the apex: alpha's yardstick
-    load_size=0,                  # side before the random crop; 0: image_size
-    pad=0,                        # edge pixels added before the crop
-    crop_offsets=0,               # crop positions per axis; 0: all
-    flip=0.5,
-    jitter=0.0,                   # of colours
-    resize='auto',                # 'cubic': without anti-aliasing
-    resident='auto',              # frames on the device: yes, no
-    labels=(),                    # use only these
-  )
-  stage.train = dict(
-    num_steps=20_000,
-    steps_per_dispatch=10,
-    dispatch='auto',              # scan or loop over those
-    log_every=50,
-    ckpt_every=500,
-    sample_every=500,
-    keep=3,                       # checkpoints, besides the best
-    val_split='val',
-    val_clips=8,
-  )
   if preset in ('paper', 'reference'):
     size = image_size
     stage.data.update(
@@ -73,12 +45,6 @@ def get_stage(preset, image_size, data):
   if preset == 'reference':
     # 286 -> 256 has offsets 0..29: the released code never draws the last.
     stage.data.crop_offsets = stage.data.load_size - image_size
-  if preset == 'tiny':
-    stage.data.update(num_frames=3, batch_size=2, pad=1)
-    stage.train.update(
-      num_steps=20, log_every=5, ckpt_every=10, sample_every=10,
-      steps_per_dispatch=1,
-    )
   stage.data.update(data)
   return stage
 

@@ -10,7 +10,7 @@ reference  the authors' script on the released library: cosine schedule, 300
 tiny       the smallest legal one: seconds on a CPU
 """
 
-import ml_collections
+from configs import methods
 
 PRESETS = ('default', 'paper', 'paper_1x1', 'reference', 'tiny')
 
@@ -26,13 +26,13 @@ def get_stage(preset, image_size, data):
   Returns:
     ConfigDict with method, model, optim, data and train.
   """
-  if preset not in PRESETS:
-    raise ValueError(
-      f'video_diffusion has no preset {preset!r}. Choose one of: '
-      f'{", ".join(PRESETS)}.'
-    )
-  stage = ml_collections.ConfigDict()
-  stage.method = 'video_diffusion'
+  # A video is refined 10 consecutive frames at a time: a short one as a whole,
+  # a long one in windows, with less motion from frame to frame. So the 10 are
+  # spread over a random part of a clip, from consecutive ones to all of it.
+  stage = methods.start_stage(
+    'video_diffusion', PRESETS, preset, image_size, num_frames=10,
+    frames='window',
+  )
   stage.model = _model(preset, image_size)
   adam = dict(lr=2e-4, b1=0.5, b2=0.999)
   if preset == 'reference':
@@ -40,38 +40,9 @@ def get_stage(preset, image_size, data):
   if preset == 'tiny':
     adam['lr'] = 2e-3
   stage.optim = dict(denoiser=adam)
-  stage.data = dict(
-    image_size=image_size,
-    batch_size=1,                 # clips
-    num_frames=9,                 # besides the neutral one: clips of 10
-    load_size=0,                  # side before the random crop; 0: image_size
-    pad=0,                        # edge pixels added before the crop
-    crop_offsets=0,               # crop positions per axis; 0: all
-    flip=0.5,
-    jitter=0.0,                   # of colours
-    resize='auto',                # 'cubic': without anti-aliasing
-    resident='auto',              # frames on the device: yes, no
-    labels=(),                    # use only these
-  )
-  stage.train = dict(
-    num_steps=20_000,
-    steps_per_dispatch=10,
-    dispatch='auto',              # scan or loop over those
-    log_every=50,
-    ckpt_every=500,
-    sample_every=500,
-    keep=3,                       # checkpoints, besides the best
-    val_split='val',
-    val_clips=8,
-  )
+  stage.train.draft_alpha = 'inferred'  # mode paired; or profile, linear
   if preset == 'reference':
     stage.train.num_steps = 10_000
-  if preset == 'tiny':
-    stage.data.update(num_frames=3, batch_size=2, pad=1)
-    stage.train.update(
-      num_steps=20, log_every=5, ckpt_every=10, sample_every=10,
-      steps_per_dispatch=1,
-    )
   stage.data.update(data)
   return stage
 

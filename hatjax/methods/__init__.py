@@ -20,7 +20,11 @@ PROFILES = {'': {}, '4gb': {'dtype': 'bfloat16', 'remat': True}}
 
 
 class Method(Protocol):
-  """What the commands ask of a method."""
+  """What the commands ask of a method.
+
+  One whose `train_step` reads batch['draft'], the video of the stage before,
+  says so with a property `needs_draft`.
+  """
 
   reads: tuple[str, ...]
 

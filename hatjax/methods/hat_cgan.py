@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from hatjax import intensity, lips, losses, optim
+from hatjax import intensity, lips, losses, optim, settings
 from hatjax import metrics as metrics_lib
 from hatjax import state as state_lib
 from hatjax.nets import hat_cgan as nets
@@ -79,7 +79,7 @@ class HatCGAN:
   axis_name: str | None = None
 
   def __post_init__(self):
-    state_lib.check_choices(
+    settings.check_model(
       self, net=nets.NETS, head=nets.HEADS, affine=nets.AFFINES,
       gan_loss=losses.GAN_LOSSES, alpha_rule=intensity.RULES,
       training_alpha=intensity.SOURCES,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hatjax import diffusion, losses, optim
+from hatjax import diffusion, losses, optim, settings
 from hatjax import metrics as metrics_lib
 from hatjax import state as state_lib
 from hatjax.nets import video_diffusion as nets
@@ -66,18 +66,16 @@ class VideoDiffusion:
   axis_name: str | None = None
 
   def __post_init__(self):
-    state_lib.check_choices(
+    settings.check_model(
       self, mode=MODES, norm=nets.NORMS, conv=nets.CONVS,
       schedule=diffusion.SCHEDULES, loss=LOSSES,
       prediction=diffusion.PREDICTIONS, sampler=SAMPLERS,
     )
-    for name in (
-      'strength', 'label_dropout', 'image_fraction', 'dynamic_threshold',
-    ):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(
-          f'model.{name} is {getattr(self, name)}. It must lie in 0..1.'
-        )
+    settings.check_shares(
+      model__strength=self.strength, model__label_dropout=self.label_dropout,
+      model__image_fraction=self.image_fraction,
+      model__dynamic_threshold=self.dynamic_threshold,
+    )
     step = self.patch * 2 ** (len(self.dim_mults) - 1)
     if self.image_size % step:
       raise ValueError(
@@ -96,6 +94,11 @@ class VideoDiffusion:
   def reads(self):
     """Keys of `inputs` that animate takes; without them it makes a video up."""
     return ('draft', 'label') if self.num_labels else ('draft',)
+
+  @property
+  def needs_draft(self):
+    """Whether `train_step` reads batch['draft']."""
+    return self.mode == 'paired'
 
   @property
   def denoiser(self):
@@ -134,8 +137,9 @@ class VideoDiffusion:
 
     Args:
       state: TrainState.
-      batch: video float32 [B, T, H, W, 3] in [-1, 1], time [B, T], by which
-        frames are sorted; label int32 [B]; in mode 'paired' draft, like video.
+      batch: video float32 [B, 1 + K, H, W, 3] in [-1, 1], of which the later
+        frames are learned, sorted by time [B, 1 + K]; label int32 [B]; in mode
+        'paired' draft, like video.
       rng: the key of this step.
 
     Returns:
@@ -167,7 +171,7 @@ class VideoDiffusion:
     """What is random in a step, drawn for the whole batch.
 
     Returns:
-      dict: x0 and noise [B, T, H, W, 3], t and label int32 [B] (the null label
+      dict: x0 and noise [B, K, H, W, 3], t and label int32 [B] (the null label
       where it was dropped), and where they are used draft, like x0, and
       isolate bool [B].
     """
@@ -216,9 +220,13 @@ class VideoDiffusion:
     }
 
   def _sorted_clip(self, batch):
-    """(video, draft or None) with frames in the order of time."""
-    order = jnp.argsort(batch['time'], 1)[..., None, None, None]
-    sort = lambda x: jnp.take_along_axis(x, order, 1)
+    """(video, draft or None), the later frames in the order of time.
+
+    The first one is the face that drafts are made from: in the middle of a
+    video, where most windows lie, it is not to be seen.
+    """
+    order = jnp.argsort(batch['time'][:, 1:], 1)[..., None, None, None]
+    sort = lambda x: jnp.take_along_axis(x[:, 1:], order, 1)
     if self.mode != 'paired':
       return sort(batch['video']), None
     if 'draft' not in batch:
@@ -250,7 +258,8 @@ class VideoDiffusion:
       state: TrainState; its averaged parameters are used.
       inputs: draft float32 [B, T, H, W, 3] in [-1, 1], T = num_frames; where
         it is missing (mode 'noise' only) the video comes from pure noise.
-        label int32 [B]; where missing, the null label.
+        label int32 [B]; where missing, the null label. noise float32 like
+        the video, of deviation 1, that it starts from; where missing, drawn.
       rng: key.
       num_frames: T.
 
@@ -267,7 +276,7 @@ class VideoDiffusion:
     schedule = self.noise_schedule
     start = schedule.num_steps
     if draft is None:
-      known = [inputs[k] for k in ('label', 'image') if k in inputs]
+      known = [inputs[k] for k in ('noise', 'label') if k in inputs]
       b = known[0].shape[0] if known else 1
     else:
       b = draft.shape[0]
@@ -277,7 +286,9 @@ class VideoDiffusion:
       chex.assert_shape(draft, shape)
     if not start:
       return draft
-    xt = jax.random.normal(rng_start, shape)
+    xt = inputs.get('noise')
+    if xt is None:
+      xt = jax.random.normal(rng_start, shape)
     if start == schedule.num_steps:
       xt *= schedule.sigma[-1]  # Nothing of a draft.
     else:
