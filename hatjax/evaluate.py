@@ -39,7 +39,7 @@ _STEPS = flags.DEFINE_integer(
   lower_bound=1,
 )
 _NUM_CLIPS = flags.DEFINE_integer(
-  'num_clips', 0, 'How many clips of the split, drawn once and for all; 0: all.',
+  'num_clips', 0, 'How many clips of the split, drawn once for all; 0: all.',
   lower_bound=0,
 )
 _DATA_DIR = flags.DEFINE_string(
