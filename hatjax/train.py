@@ -286,6 +286,9 @@ def _train_stage(stage, root):
   stage.run.forget_after(step)
   num_steps = stage.settings['num_steps']
   chunk = stage.settings.get('steps_per_dispatch', 1)
+  if stage.runner.dispatch == 'loop':
+    chunk = 1  # One by one anyway: signals need not wait for the rest.
+  metrics = {}
   frames = stage.batches.batch_size * stage.batches.num_frames
   stream = stage.batches.iterate(step)
   clock = _Clock(step)
@@ -295,7 +298,11 @@ def _train_stage(stage, root):
       # Chunks align to step 0, so that resumed equals unbroken.
       step += min(chunk - step % chunk, num_steps - step)
       batches = [next(stream) for _ in range(step - before)]
+      ahead = metrics
       state, metrics = stage.runner.step(state, batches, root)
+      # One chunk computes while the next is prepared; the bar and signals
+      # would be minutes behind if more were on their way.
+      jax.block_until_ready(ahead)
       bar.update(step - before)
       stop = signals.name is not None
       if jax.process_count() > 1:  # Asked seldom: all wait for the slowest.
