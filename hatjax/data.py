@@ -199,11 +199,8 @@ def _prepare_options(name):
     )
   crop, size, half, *_ = (*options.split('-'), '', '')
   size = {'native': '0'}.get(size, size) or '<side>'
-  half = f' --half {half}' if half else ''
-  return (
-    f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'
-    f'{half}'
-  )
+  size += f' --half {half}' if half else ''
+  return f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -453,8 +450,7 @@ def make_batches(
     num_frames: K frames per clip besides the neutral one.
     frames: 'random' draws these anew for every step; 'even' spreads them over
       the whole clip, in the order of time, the last one among them; 'window'
-      spreads them over a random part of it, of K frames or more (a clip that
-      has fewer shows some twice), which may begin with the neutral one again.
+      over any part of K frames or more, the neutral one perhaps among them.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for
