@@ -235,14 +235,14 @@ class Batches:
 
   def _picks(self):
     """Practically endless grain data set of (clip, frames) choices."""
-    count = len(self.clips)
+    n = len(self.clips)
     # grain's own shuffle takes milliseconds per pick.
     order = functools.lru_cache(4)(
-      lambda epoch: np.random.default_rng((self.seed, epoch)).permutation(count)
+      lambda epoch: np.random.default_rng((self.seed, epoch)).permutation(n)
     )
     return (
       grain.MapDataset.range(2**40).seed(self.seed)
-      .map(lambda i: order(i // count)[i % count]).random_map(self._pick)
+      .map(lambda i: order(i // n)[i % n]).random_map(self._pick)
     )
 
   def _pick(self, position, rng):
@@ -402,10 +402,7 @@ class Batches:
     return faces
 
   def whole_clips(self, limit=None):
-    """Whole clips without augmentation, at image_size, in a fixed order.
-
-    Args:
-      limit: so many of them, the same ones every time; None for all.
+    """Whole clips, or `limit` of them, as they are but for their size.
 
     Yields:
       dict: id, label (int), subject (its name), video uint8 [T, S, S, 3].
@@ -416,10 +413,8 @@ class Batches:
       clip = self.clips[index]
       video, _ = self.records.read(clip, range(clip.num_frames))
       video = np.stack([self._fit(f, self.image_size) for f in video])
-      yield {
-        'id': clip.id, 'label': clip.label, 'subject': clip.subject_name,
-        'video': video,
-      }
+      known = {'id': clip.id, 'label': clip.label}
+      yield {**known, 'subject': clip.subject_name, 'video': video}
 
 
 def example_batch(image_size, batch_size, num_frames):
