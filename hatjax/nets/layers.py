@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Up to this side of the smaller picture, moving a kernel about costs more than
+# the convolution: deep levels hold most parameters and few pixels.
+SMALL = 4
 LOWERINGS = ('auto', 'plain', 'rewritten')
 _lowering = ['auto']
 
@@ -74,8 +77,10 @@ def downsample_conv(x, kernel):
   nd = kernel.ndim - 2
   if not _rewrite():
     return _convolve(x, kernel, (2,) * nd, [(1, 1)] * nd)
-  # Zero-pad, move each 2x..x2 cell into channels, then a 2x..x2 convolution.
   kernel = _pad_kernel_to_4(kernel)
+  if max(x.shape[1:-1]) <= 2 * SMALL:
+    return _downsample_small(x, kernel)
+  # Zero-pad, move each 2x..x2 cell into channels, then a 2x..x2 convolution.
   channels, features = kernel.shape[-2:]
   x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
   return _convolve(
@@ -84,6 +89,45 @@ def downsample_conv(x, kernel):
     (1,) * nd,
     'VALID',
   )
+
+
+def _downsample_small(x, kernel):
+  """Every tap's pixels side by side, times the kernel as it lies in memory."""
+  nd = kernel.ndim - 2
+  x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
+  taps = [
+    lax.slice(
+      x, (0, *tap, 0),
+      (len(x), *(t + n - 3 for t, n in zip(tap, x.shape[1:])), x.shape[-1]),
+      (1, *(2,) * nd, 1),
+    ) for tap in itertools.product(range(4), repeat=nd)
+  ]
+  flat = kernel.reshape(-1, kernel.shape[-1])
+  return jnp.concatenate(taps, -1) @ flat
+
+
+def _upsample_small(x, kernel):
+  """Every tap's product, then each output pixel adds up its 2x..x2 of them."""
+  nd = kernel.ndim - 2
+  products = jnp.einsum(
+    'n...i,tio->tn...o', x, kernel.reshape(-1, *kernel.shape[-2:])
+  )
+  edge = [(0, 0), (0, 0), *[(1, 1)] * nd, (0, 0)]
+  products = jnp.pad(products, edge)
+  # Parity -> the two taps it sees per axis, and how far away their input is.
+  seen = {0: ((1, 0), (3, -1)), 1: ((2, 0), (0, 1))}
+  parts = []
+  for parity in itertools.product((0, 1), repeat=nd):
+    total = 0
+    for choice in itertools.product(*(seen[p] for p in parity)):
+      tap = sum(t * 4**axis for axis, (t, _) in enumerate(reversed(choice)))
+      window = (
+        slice(1 + away, 1 + away + n)
+        for (_, away), n in zip(choice, x.shape[1:])
+      )
+      total += products[(tap, slice(None), *window)]
+    parts.append(total)
+  return _interleave(jnp.stack(parts, axis=-2), nd)
 
 
 def _cells_to_channels(x, nd):
@@ -122,6 +166,8 @@ def upsample_conv(x, kernel):
     return _convolve(
       x, flipped, (1,) * nd, [(2, 2)] * nd, lhs_dilation=(2,) * nd
     )
+  if max(x.shape[1:-1]) <= SMALL:
+    return _upsample_small(x, kernel)
   # Each output parity sees two inputs per axis: one 2x..x2 convolution makes
   # all parities at once, then they are shifted and interleaved.
   features = kernel.shape[-1]
