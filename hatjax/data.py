@@ -404,11 +404,16 @@ class Batches:
   def whole_clips(self, limit=None):
     """Whole clips without augmentation, at image_size, in a fixed order.
 
+    Args:
+      limit: so many of them, the same ones every time; None for all.
+
     Yields:
       dict: id, label (int), subject (its name), video uint8 [T, S, S, 3].
     """
-    step = max(1, len(self.clips) // limit) if limit else 1
-    for clip in self.clips[::step][:limit]:
+    # Drawn, since every n-th one may always show the same expression.
+    order = np.random.default_rng(0).permutation(len(self.clips))
+    for index in sorted(order[: limit or None]):
+      clip = self.clips[index]
       video, _ = self.records.read(clip, range(clip.num_frames))
       video = np.stack([self._fit(f, self.image_size) for f in video])
       yield {

@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 
 from hatjax import data, metrics, runs, video, workdir
 
@@ -39,7 +39,8 @@ _STEPS = flags.DEFINE_integer(
   lower_bound=1,
 )
 _NUM_CLIPS = flags.DEFINE_integer(
-  'num_clips', 0, 'Evenly chosen clips of the split; 0: all.', lower_bound=0
+  'num_clips', 0, 'How many clips of the split, drawn once for all; 0: all.',
+  lower_bound=0,
 )
 _DATA_DIR = flags.DEFINE_string(
   'data_dir', None, 'Where the records live; see hatjax.train.'
@@ -65,7 +66,7 @@ def evaluate(
     protocols: some of PROTOCOLS.
     strengths: of the refining stage; () for the config's.
     num_sample_steps: of the refining stage.
-    num_clips: evenly chosen; 0 for all.
+    num_clips: so many, always the same; 0 for all.
     directory: where the records live; see `data.data_dir`.
     ssim: window, see `metrics.ssim`.
     seed: of the noise and the bootstrap.
@@ -247,6 +248,7 @@ def main(argv):
   """The command."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument: {argv[1]}')
+  logging.set_verbosity(logging.FATAL)  # Orbax tells of every file.
   try:
     if not _WORKDIR.value:
       raise ValueError('Pass --workdir, the folder of a trained run.')

@@ -263,9 +263,12 @@ class _Stage:
       + (f'{self.run.folder}/checkpoints/{good}.' if good else 'none.')
     )
 
-  def save(self, step, state, with_sample):
-    """Scores, saves and perhaps draws the state."""
+  def save(self, step, state, with_sample, in_haste):
+    """Scores, saves and perhaps draws the state; in haste it only saves."""
     state = self.runner.fetch(state)
+    if in_haste:
+      self.run.save(step, state)
+      return
     scores, shown = validation.score_clips(
       self.scorer, state, self.clips, self.limit
     )
@@ -306,7 +309,8 @@ def _train_stage(stage, root):
         bar.set_postfix(_shown(metrics), fps=f'{speed:.0f}')
       if stop or stage.due('ckpt_every', before, step):
         stage.check(step, state, metrics)
-        stage.save(step, state, stage.due('sample_every', before, step))
+        sample = stage.due('sample_every', before, step)
+        stage.save(step, state, sample, in_haste=stop)
         clock.lap(step)
       if stop:
         stage.run.wait()

@@ -19,7 +19,7 @@ echo "$steps" > "$work/steps"
 $python -m hatjax.generate --workdir "$work" --split test --num_images 4 \
   --label all --boomerang --strip --out 'out/quickstart/{image}_{label}.mp4'
 
-$python -m hatjax.evaluate --workdir "$work" --split test --num_clips 24
+$python -m hatjax.evaluate --workdir "$work" --split test
 
 cat <<TXT
 

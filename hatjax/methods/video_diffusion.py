@@ -247,7 +247,10 @@ class VideoDiffusion:
       {'params': params}, diffusion.space_to_depth(x, self.patch), t - 1,
       label, isolate,
     )
-    return diffusion.depth_to_space(value, self.patch)
+    value = diffusion.depth_to_space(value, self.patch)
+    if draft is not None and self.prediction == 'x0':
+      value += draft  # The net, which starts at 0, starts with the draft.
+    return value
 
   # -- generation ----------------------------------------------------------
 
