@@ -67,7 +67,7 @@ def evaluate(
     strengths: of the refining stage; () for the config's.
     num_sample_steps: of the refining stage.
     num_clips: so many, always the same; 0 for all.
-    directory: where the records live; see `data.data_dir`.
+    directory: where the records live; see `records.data_dir`.
     ssim: window, see `metrics.ssim`.
     seed: of the noise and the bootstrap.
 
