@@ -1,4 +1,4 @@
-"""TFDS records -> uint8 batches, and the names of the batch keys.
+"""Records -> uint8 batches, and the names of the batch keys.
 
 On the host a batch is a dict of NumPy arrays: `video` uint8 [B, 1+K, H, W, 3]
 with video[:, 0] the neutral frame, `time` float32 [B, 1+K] in [0, 1],
@@ -12,10 +12,6 @@ unbroken one would have read and the iterator needs no checkpoint.
 
 import dataclasses
 import functools
-import os
-import pathlib
-import re
-import warnings
 
 import cv2
 import dm_pix
@@ -23,192 +19,21 @@ import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorflow_datasets as tfds
 
+from hatjax import records as records_lib
 from hatjax import settings
 from hatjax import video as video_lib
 
-ALIASES = (
-  ('happy', 'happiness', 'joy', 'smile'),
-  ('sad', 'sadness'),
-  ('angry', 'anger'),
-  ('fear', 'scared', 'afraid', 'fearful'),
-  ('surprise', 'surprised'),
-  ('disgust', 'disgusted'),
-  ('contempt', 'contemptuous'),
-  ('neutral', 'calm'),
-)
 FRAMES = ('random', 'even', 'window')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
-
-
-def data_dir(path=None):
-  """Where records live: `path`, else $TFDS_DATA_DIR, else TFDS's default."""
-  path = path or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(path).expanduser()
-
-
-def match_label(text, labels):
-  """The known label that `text` names, aliases included (joy = happiness).
-
-  Raises:
-    ValueError: no known label; the message lists them.
-  """
-  wanted = text.strip().lower()
-  for group in ALIASES:
-    if wanted in group:
-      for label in labels:
-        if label.lower() in group:
-          return label
-  for label in labels:
-    if label.lower() == wanted:
-      return label
-  raise ValueError(f'Unknown label {text!r}. Known: {", ".join(labels)}.')
-
-
-class _Encoded(tfds.decode.Decoder):
-  """Leaves images encoded: a clip is long and a step wants a few frames."""
-
-  def decode_example(self, example):
-    return example
-
-  decode_example_np = decode_example
-
-  def decode_batch_example_np(self, example):
-    return example
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-  """One clip of the records: where it stands and what is known of it."""
-
-  index: int
-  id: str
-  label: int
-  subject: int
-  subject_name: str
-  num_frames: int
-
-
-class Records:
-  """An opened data set.
-
-  Attributes:
-    labels: names of the labels.
-    metadata: what `prepare` kept: splits, options, fingerprint.
-    clips: {id: Clip}.
-  """
-
-  def __init__(self, name, directory=None):
-    self.name = name
-    folder = _record_folder(name, data_dir(directory))
-    builder = tfds.builder_from_directory(folder)
-    self.metadata = dict(builder.info.metadata or {})
-    self.labels = tuple(builder.info.features['label'].names)
-    decoders = {'video': _Encoded(), 'lip_mask': _Encoded()}
-    self._source = builder.as_data_source('clips', decoders=decoders)
-    self.clips = {}
-    subjects = sorted({c['subject'] for c in self.metadata['clips'].values()})
-    for index, (name, c) in enumerate(self.metadata['clips'].items()):
-      self.clips[name] = Clip(
-        index, name, self.labels.index(c['label']),
-        subjects.index(c['subject']), c['subject'], c['num_frames'],
-      )
-
-  def split(self, name):
-    """Clips of a named split.
-
-    Raises:
-      ValueError: no such split, or nothing in it.
-    """
-    splits = self.metadata['splits']
-    if name not in splits:
-      raise ValueError(
-        f'{self.name} has no split {name!r}. Choose one of: '
-        f'{", ".join(sorted(splits))}.'
-      )
-    clips = [self.clips[i] for i in splits[name]]
-    if not clips:
-      raise ValueError(
-        f'Split {name!r} of {self.name} is empty. With few subjects train on '
-        "--config.data.split=everything instead."
-      )
-    if name.startswith('by_video'):
-      warnings.warn(
-        f'{name} splits by video: subjects leak between training and test. '
-        'Scores on it say nothing about new faces.', stacklevel=2,
-      )
-    return clips
-
-  def read(self, clip, frames):
-    """Decoded frames uint8 [T, h, w, 3] and masks [T, h, w, 1] in {0, 1}."""
-    example = self._source[clip.index]
-    if _text(example['id']) != clip.id:
-      raise ValueError(
-        f'Records of {self.name} do not match their metadata (want '
-        f'{clip.id}). Run hatjax.prepare again with --force.'
-      )
-    video = [_decode(example['video'][i], cv2.IMREAD_COLOR) for i in frames]
-    masks = [
-      _decode(example['lip_mask'][i], cv2.IMREAD_GRAYSCALE) for i in frames
-    ]
-    return np.stack(video), (np.stack(masks) > 127).astype(np.uint8)[..., None]
-
-  def alphas(self, clip):
-    """True intensity of every frame, float32 [T]; empty where unknown."""
-    return np.asarray(self._source[clip.index]['alpha'], np.float32)
-
-
-def _text(value):
-  return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _decode(encoded, flag):
-  image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag)
-  return image[..., ::-1] if image.ndim == 3 else image
-
-
-def _record_folder(name, root):
-  """<root>/<builder>/<config>/<newest version>, or a clear error."""
-  name, _, version = name.partition(':')
-  folder = root / name
-  versions = sorted(
-    (p.parent for p in folder.glob('*/dataset_info.json')),
-    key=lambda p: tuple(int(n) for n in p.name.split('.') if n.isdigit()),
-  )
-  versions = [p for p in versions if version in ('', p.name)]
-  if versions:
-    return versions[-1]
-  raise ValueError(
-    f'No records for {name} in {root}. Build them: python -m hatjax.prepare '
-    f'{_prepare_options(name)} --data_dir {root}'
-  )
-
-
-def _prepare_options(name):
-  """What hatjax.prepare is told to build the records of that name."""
-  builder, _, options = name.partition('/')
-  if builder == 'synthetic':
-    made = re.fullmatch(r'(\d+)(-grey)?-i(\d+)-f(\d+)-s(\d+)', options)
-    if not made:
-      return builder
-    size, grey, people, frames, seed = made.groups()
-    return (
-      f'{builder} --image_size {size}{" --grey" if grey else ""} '
-      f'--num_identities {people} --num_frames {frames} --seed {seed}'
-    )
-  crop, size, half, *_ = (*options.split('-'), '', '')
-  size = {'native': '0'}.get(size, size) or '<side>'
-  size += f' --half {half}' if half else ''
-  return f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Batches:
   """Training batches of one split; see `make_batches` for the settings."""
 
-  records: Records
-  clips: tuple[Clip, ...]
+  records: records_lib.Records
+  clips: tuple[records_lib.Clip, ...]
   image_size: int
   load_size: int
   batch_size: int
@@ -458,15 +283,15 @@ def make_batches(
     resident: keep all frames on the device: 'yes', 'no' or 'auto' (when they
       take less than 2 GiB).
     labels: use only clips with these labels (names or aliases); () for all.
-    directory: where the records live; see `data_dir`.
+    directory: where the records live; see `records.data_dir`.
 
   Raises:
     ValueError: no records, empty split, sizes that do not fit.
   """
-  records = Records(name, directory)
+  records = records_lib.Records(name, directory)
   clips = [c for c in records.split(split) if c.num_frames > 1]
   if labels:
-    wanted = {records.labels.index(match_label(x, records.labels))
+    wanted = {records.labels.index(records_lib.match_label(x, records.labels))
               for x in labels}
     clips = [c for c in clips if c.label in wanted]
   if not clips:

@@ -22,37 +22,6 @@ from hatjax import data, metrics, runs, video, workdir
 PROTOCOLS = ('profile', 'linear', 'oracle')
 RESAMPLES = 1000
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
-_SPLIT = flags.DEFINE_string('split', 'test', 'A named split of the records.')
-_PROTOCOL = flags.DEFINE_list(
-  'protocol', ['profile'],
-  'Where the intensity of a frame comes from: profile, its time and what '
-  'training saw then; linear, its time; oracle, inferred from the real frame.',
-)
-_REFINE = flags.DEFINE_list(
-  'refine', [],
-  'Strengths of the refining stage to compare, 0 being its draft; default: '
-  "the config's.",
-)
-_STEPS = flags.DEFINE_integer(
-  'num_sample_steps', None, 'Of the refining stage, from pure noise.',
-  lower_bound=1,
-)
-_NUM_CLIPS = flags.DEFINE_integer(
-  'num_clips', 0, 'How many clips of the split, drawn once for all; 0: all.',
-  lower_bound=0,
-)
-_DATA_DIR = flags.DEFINE_string(
-  'data_dir', None, 'Where the records live; see hatjax.train.'
-)
-_SSIM = flags.DEFINE_enum(
-  'ssim', 'gaussian', sorted(metrics.WINDOWS), 'Window of SSIM.'
-)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the noise and the bootstrap.')
-_OUT = flags.DEFINE_string(
-  'out', None, 'Json file; default <workdir>/eval/<split>.json'
-)
-
 
 def evaluate(
   run, split='test', protocols=('profile',), strengths=(), *,
@@ -67,7 +36,7 @@ def evaluate(
     strengths: of the refining stage; () for the config's.
     num_sample_steps: of the refining stage.
     num_clips: so many, always the same; 0 for all.
-    directory: where the records live; see `data.data_dir`.
+    directory: where the records live; see `records.data_dir`.
     ssim: window, see `metrics.ssim`.
     seed: of the noise and the bootstrap.
 
@@ -244,27 +213,60 @@ def table(result):
   return '\n'.join(lines)
 
 
+def _define():
+  """The flags; not when imported, since other commands share their names."""
+  integer, string = flags.DEFINE_integer, flags.DEFINE_string
+  string('workdir', None, 'Folder of the run.')
+  string('split', 'test', 'A named split of the records.')
+  flags.DEFINE_list(
+    'protocol', ['profile'],
+    'Where the intensity of a frame comes from: profile, its time and what '
+    'training saw then; linear, its time; oracle, inferred from the real '
+    'frame.',
+  )
+  flags.DEFINE_list(
+    'refine', [],
+    'Strengths of the refining stage to compare, 0 being its draft; default: '
+    "the config's.",
+  )
+  integer(
+    'num_sample_steps', None, 'Of the refining stage, from pure noise.',
+    lower_bound=1,
+  )
+  integer(
+    'num_clips', 0, 'How many clips of the split, drawn once for all; 0: all.',
+    lower_bound=0,
+  )
+  string('data_dir', None, 'Where the records live; see hatjax.train.')
+  flags.DEFINE_enum(
+    'ssim', 'gaussian', sorted(metrics.WINDOWS), 'Window of SSIM.'
+  )
+  integer('seed', 0, 'Of the noise and the bootstrap.')
+  string('out', None, 'Json file; default <workdir>/eval/<split>.json')
+
+
 def main(argv):
   """The command."""
+  given = flags.FLAGS
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument: {argv[1]}')
   logging.set_verbosity(logging.FATAL)  # Orbax tells of every file.
   try:
-    if not _WORKDIR.value:
+    if not given.workdir:
       raise ValueError('Pass --workdir, the folder of a trained run.')
     try:
-      strengths = [float(x) for x in _REFINE.value]
+      strengths = [float(x) for x in given.refine]
     except ValueError:
       raise ValueError(
-        f'--refine {",".join(_REFINE.value)}: give numbers from 0 to 1.'
+        f'--refine {",".join(given.refine)}: give numbers from 0 to 1.'
       ) from None
     result = evaluate(
-      runs.load(_WORKDIR.value), _SPLIT.value, _PROTOCOL.value, strengths,
-      num_sample_steps=_STEPS.value, num_clips=_NUM_CLIPS.value,
-      directory=_DATA_DIR.value, ssim=_SSIM.value, seed=_SEED.value,
+      runs.load(given.workdir), given.split, given.protocol, strengths,
+      num_sample_steps=given.num_sample_steps, num_clips=given.num_clips,
+      directory=given.data_dir, ssim=given.ssim, seed=given.seed,
     )
-    default = pathlib.Path(_WORKDIR.value) / 'eval' / f'{_SPLIT.value}.json'
-    path = pathlib.Path(_OUT.value or default)
+    default = pathlib.Path(given.workdir) / 'eval' / f'{given.split}.json'
+    path = pathlib.Path(given.out or default)
     path.parent.mkdir(parents=True, exist_ok=True)
     workdir.write_atomically(path, json.dumps(result, indent=1))
   except (ValueError, OSError) as error:
@@ -274,4 +276,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _define()
   app.run(main)

@@ -137,7 +137,7 @@ def ensure_synthetic(name, directory=None):
 
   Args:
     name: of records, such as 'synthetic/default'; others are left alone.
-    directory: where records live; see `data.data_dir`.
+    directory: where records live; see `records.data_dir`.
 
   Returns:
     Whether records were made.
@@ -145,11 +145,11 @@ def ensure_synthetic(name, directory=None):
   builder, _, config = name.partition(':')[0].partition('/')
   if builder != 'synthetic':
     return False
-  from hatjax import data
+  from hatjax import records
 
   module, cls, face_video = load_builder(builder)
   options = module.options_of(config)
-  root = data.data_dir(directory).absolute()
+  root = records.data_dir(directory).absolute()
   target = root / builder / config / str(cls.VERSION)
   scan, version = module.scan(options), module.digest()
   stored = _stored_metadata(target)
@@ -176,13 +176,13 @@ def _quiet_tfds():
 
 def _prepare(args):
   # Late, so that --help and misspelt arguments answer at once.
-  from hatjax import data
+  from hatjax import records
 
   module, cls, face_video = load_builder(args.name)
   plan = _plan_made if hasattr(module, 'OPTIONS') else _plan_read
   options, config, scan, raw_digest = plan(args, module, face_video)
   _quiet_tfds()
-  data_dir = data.data_dir(args.data_dir).absolute()
+  data_dir = records.data_dir(args.data_dir).absolute()
   target = data_dir / cls.name / config / str(cls.VERSION)
   metadata = _stored_metadata(target)
   title = f'{cls.name}/{config}:{cls.VERSION} in {target}'

@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax import data, diffusion, methods, parallel, settings, video, workdir
+from hatjax import (
+  data,
+  diffusion,
+  methods,
+  parallel,
+  records,
+  settings,
+  video,
+  workdir,
+)
 from hatjax import state as state_lib
 
 DECODE_FRAMES = 256  # frames decoded per call, over all clips
@@ -176,7 +185,7 @@ class Run:
 
   def match_label(self, text):
     """The known label that `text` means; ValueError listing the known."""
-    return data.match_label(text, self.labels)
+    return records.match_label(text, self.labels)
 
   def animate(
     self, images, labels=None, *, num_frames=32, sweep='profile',
@@ -350,7 +359,7 @@ class Run:
     Args:
       split: a named split of the records the run was trained on.
       limit: at most this many.
-      directory: where the records live; see `data.data_dir`.
+      directory: where the records live; see `records.data_dir`.
 
     Returns:
       {subject: uint8 [S, S, 3]}.

@@ -80,7 +80,7 @@ def train(config, folder, data_dir=None):
   Args:
     config: dict with `stages`, `seed`, `parallel`, and a block per stage.
     folder: workdir.
-    data_dir: where the records live; see `data.data_dir`.
+    data_dir: where the records live; see `records.data_dir`.
 
   Returns:
     {stage name: final state}.

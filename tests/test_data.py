@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from hatjax import data
+from hatjax import data, records
 
 
 def batches(toy_records, **changes):
@@ -239,11 +239,11 @@ def test_split_by_video_warns_of_leakage(toy_records):
 
 def test_data_dir_is_where_tfds_users_expect(monkeypatch, tmp_path):
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
-  assert data.data_dir() == tmp_path
-  assert data.data_dir('/elsewhere').as_posix() == '/elsewhere'
+  assert records.data_dir() == tmp_path
+  assert records.data_dir('/elsewhere').as_posix() == '/elsewhere'
   monkeypatch.delenv('TFDS_DATA_DIR')
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert data.data_dir() == tmp_path / 'tensorflow_datasets'
+  assert records.data_dir() == tmp_path / 'tensorflow_datasets'
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -252,4 +252,4 @@ def test_data_dir_is_where_tfds_users_expect(monkeypatch, tmp_path):
 ])
 def test_match_label(text, expected):
   labels = ('Fear', 'drumcheeks', 'happy')
-  assert data.match_label(text, labels) == expected
+  assert records.match_label(text, labels) == expected

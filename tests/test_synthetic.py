@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hatjax import data, faces, prepare, synthetic_faces
+from hatjax import records as records_lib
 from hatjax.synthetic_faces import actions, identity
 
 SIZE = 128
@@ -252,7 +253,7 @@ def records(tmp_path_factory):
 
 
 def test_records_hold_what_was_drawn(records):
-  stored = data.Records('synthetic/32-i5-f4-s0', records)
+  stored = records_lib.Records('synthetic/32-i5-f4-s0', records)
   assert stored.labels == synthetic_faces.EXPRESSIONS
   assert len(stored.clips) == 30
   assert stored.metadata['options']['crop'] == 'face'
@@ -269,7 +270,7 @@ def test_records_hold_what_was_drawn(records):
 
 
 def test_splits_have_no_person_in_common(records):
-  stored = data.Records('synthetic/32-i5-f4-s0', records)
+  stored = records_lib.Records('synthetic/32-i5-f4-s0', records)
   splits, clips = stored.metadata['splits'], stored.metadata['clips']
   who = [{clips[i]['subject'] for i in splits[s]}
          for s in ('train', 'val', 'test')]
@@ -317,7 +318,7 @@ def test_made_once_and_again_only_when_asked(records, tmp_path, capsys):
   assert run(records, *few, '--grey', '--seed', '3') == 0
   names = {path.name for path in (records / 'synthetic').iterdir()}
   assert names == {'32-i5-f4-s0', '32-grey-i1-f4-s3'}
-  grey = data.Records('synthetic/32-grey-i1-f4-s3', records)
+  grey = records_lib.Records('synthetic/32-grey-i1-f4-s3', records)
   video, _ = grey.read(grey.clips['0000_sad'], [3])
   drawn = synthetic_faces.render_clip(30_000, 'sad', 4, 32, grey=True)
   np.testing.assert_array_equal(video[0], drawn['video'][3])
@@ -351,7 +352,7 @@ def test_as_raw_data_of_mug(tmp_path):
     'mug', '--raw', str(tmp_path / 'raw'), '--data_dir', str(tmp_path / 'd'),
     '--image_size', '64', '--strict',
   ]) == 0
-  stored = data.Records('mug/face-64', tmp_path / 'd')
+  stored = records_lib.Records('mug/face-64', tmp_path / 'd')
   assert {c.num_frames for c in stored.clips.values()} == {18}
   for subject in ('001', '007'):
     video, masks = stored.read(
