@@ -25,8 +25,9 @@ def normal(seed, *shape):
 @pytest.mark.parametrize('nd', [1, 2, 3])
 @pytest.mark.parametrize('kernel', [3, 4])
 @pytest.mark.parametrize('op', [layers.downsample_conv, layers.upsample_conv])
-def test_rewritten_convolution_equals_plain(op, kernel, nd):
-  x = normal(0, 2, *(6, 4, 8)[:nd], 3)
+@pytest.mark.parametrize('sides', [(4, 2, 4), (12, 6, 10)])  # small, large
+def test_rewritten_convolution_equals_plain(sides, op, kernel, nd):
+  x = normal(0, 2, *sides[:nd], 3)
   w = 0.1 * normal(1, *(kernel,) * nd, 3, 5)
 
   def run(name):
