@@ -38,7 +38,9 @@ def test_rewritten_convolution_equals_plain(sides, op, kernel, nd):
 
   for plain, rewritten in zip(run('plain'), run('rewritten')):
     assert plain.shape == rewritten.shape
-    np.testing.assert_allclose(plain, rewritten, atol=2e-5, rtol=1e-5)
+    # A gradient of the kernel sums thousands of terms.
+    atol = max(2e-5, 1e-6 * np.abs(plain).max())
+    np.testing.assert_allclose(plain, rewritten, atol=atol, rtol=1e-5)
 
 
 def test_downsample_conv_equals_scipy():
