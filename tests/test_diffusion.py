@@ -522,7 +522,7 @@ def test_paired_mode_diffuses_what_the_draft_lacks():
   )
   error = (signal * noise - sigma * (real - draft) / 0.1) ** 2
   np.testing.assert_allclose(loss, error.mean(), rtol=1e-5)
-  mse = ((real - draft) ** 2).mean((2, 3, 4))
+  mse = ((real - draft) ** 2).mean((1, 2, 3, 4))
   np.testing.assert_allclose(
     metrics['psnr/draft'], (10 * np.log10(4 / mse)).mean(), rtol=1e-5
   )
