@@ -48,8 +48,9 @@ def evaluate(
     right), psnr_last and ssim_last those of the last; flicker is the mean
     absolute second difference in time (levels of 0..255) and flicker_error
     its distance to the real clip's; sharpness is the gradient energy over the
-    real frames', sharpness_of_draft over the draft's. `alpha` holds the Spearman correlation, of each clip, of the
-    inferred with the true intensity, or with time where that is unknown.
+    real frames', sharpness_of_draft over the draft's. `alpha` holds the
+    Spearman correlation, of each clip, of the inferred with the true
+    intensity, or with time where that is unknown.
 
   Raises:
     ValueError: unknown split or protocol; a run that cannot refine.
