@@ -39,14 +39,14 @@ def read(path):
       is_zip = zipfile.is_zipfile(file)
       file.seek(0)
       tree = _read_zip(file) if is_zip else _read_stream(file)
+    arrays = {}
+    _flatten(tree, '', arrays)
   except OSError as error:
     raise ValueError(f'Cannot read {path}: {error.strerror}.') from error
   except Exception as error:  # pickles of hostile bytes raise anything
     raise ValueError(
       f'{path} is not a PyTorch file of plain tensors ({error}).'
     ) from error
-  arrays = {}
-  _flatten(tree, '', arrays)
   if not arrays:
     raise ValueError(f'{path} holds no tensors.')
   return arrays
