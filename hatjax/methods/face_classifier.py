@@ -4,7 +4,8 @@ Not a paper. One small net of single frames with two heads: an identity code,
 learned by telling the people of the training split apart from their angles to
 one proxy each (NormFace, Wang et al. 2017), which serves ACD; and the
 expression, learned from the second halves of clips that end at their apex, with
-a class of its own for neutral frames, which serves 'expression recognised'. It makes no videos.
+a class of its own for neutral frames, which serves 'expression recognised'. It
+makes no videos.
 """
 
 import dataclasses
