@@ -13,7 +13,6 @@ frame of the draft averaged with its neighbours. Everything goes into a folder:
 report.html, report.md, scores.json (every setting, every clip), strips, videos.
 """
 
-import json
 import pathlib
 import sys
 from importlib import metadata
@@ -408,7 +407,7 @@ def _write(result, gallery, out, folder=None):
   out = pathlib.Path(out)
   if out.suffix == '.json':
     out.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_atomically(out, json.dumps(result, indent=1))
+    workdir.write_atomically(out, score_report.to_json(result))
     return
   stages = result['settings'].get('stages', ())
   curves = [(s, pathlib.Path(folder) / s / 'losses.png') for s in stages]

@@ -65,6 +65,18 @@ class Gallery:
     return [*self._first.values(), *self._others][: self._shown]
 
 
+def to_json(result):
+  """The text of a json file; what is not known (nan) is null there."""
+  def clean(x):
+    if isinstance(x, dict):
+      return {k: clean(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+      return [clean(v) for v in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
+
+  return json.dumps(clean(result), indent=1) + '\n'
+
+
 def file_name(text):
   """Letters, digits, - _ . = of a text, the rest replaced."""
   return re.sub(r'[^\w.=-]+', '_', text)
@@ -166,7 +178,7 @@ def write(result, gallery, folder, curves=()):
       name = f'curves/{file_name(title)}.png'
       shutil.copyfile(path, folder / name)
       pictures.append((title, name))
-  (folder / 'scores.json').write_text(json.dumps(result, indent=1))
+  (folder / 'scores.json').write_text(to_json(result))
   (folder / 'report.md').write_text(_markdown(result, shown, pictures))
   (folder / 'report.html').write_text(_html(result, shown, pictures))
 

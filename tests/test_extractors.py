@@ -1,5 +1,7 @@
 """Released nets against PyTorch's, on files of random numbers; face finding."""
 
+import dataclasses
+import struct
 import types
 
 import jax
@@ -287,6 +289,100 @@ def test_openface_and_sface_see_aligned_rgb_and_count_misses(monkeypatch):
   (blob,) = seen
   assert blob.shape == (1, 3, 96, 96)
   np.testing.assert_allclose(blob[0, :, 48, 48], [1, 0, 0], atol=1e-6)
+
+
+class Torch7:
+  """Writes what Lua Torch would: modules with fields, tensors, numbers."""
+
+  def __init__(self):
+    self.data, self._index = b'', 0
+
+  def _int(self, *values):
+    self.data += struct.pack(f'<{len(values)}i', *values)
+
+  def _long(self, *values):
+    self.data += struct.pack(f'<{len(values)}q', *values)
+
+  def _string(self, text):
+    self._int(len(text))
+    self.data += text.encode()
+
+  def _torch(self, name):
+    self._index += 1
+    self._int(4, self._index)
+    self._string('V 1')
+    self._string(name)
+
+  def _table(self, fields):
+    self._index += 1
+    self._int(3, self._index, len(fields))
+    for key, value in fields.items():
+      self.write(key)
+      self.write(value)
+
+  def write(self, value):
+    if isinstance(value, bool):
+      self._int(5, value)
+    elif isinstance(value, int | float):
+      self._int(1)
+      self.data += struct.pack('<d', value)
+    elif isinstance(value, str):
+      self._int(2)
+      self._string(value)
+    elif isinstance(value, np.ndarray):
+      self._torch('torch.FloatTensor')
+      self._int(value.ndim)
+      self._long(*value.shape, *(s // 4 for s in value.strides), 1)
+      self._torch('torch.FloatStorage')
+      self._long(value.size)
+      self.data += value.tobytes()
+    elif isinstance(value, list):
+      self._torch('nn.Sequential')
+      modules = {i + 1: module for i, module in enumerate(value)}
+      self._table({'train': False, 'modules': modules})
+    elif isinstance(value, tuple):
+      self._torch(f'nn.{value[0]}')
+      self._table({'train': False, **value[1]})
+    else:
+      self._table(value)
+    return self
+
+
+def test_openface_file_is_read_and_sees_what_it_should(tmp_path, monkeypatch):
+  # Not the whole net: a convolution over all of the aligned face and a ReLU,
+  # in the released file's format.
+  rng = np.random.default_rng(0)
+  kernel = rng.normal(size=(6, 3, 96, 96)).astype(np.float32)
+  bias = rng.normal(size=6).astype(np.float32)
+  size = dict(kW=96, kH=96, dW=1, dH=1, padW=0, padH=0)
+  net = [
+    ('SpatialConvolution', dict(
+      nInputPlane=3, nOutputPlane=6, weight=kernel, bias=bias, **size
+    )),
+    ('ReLU', dict(inplace=False)),
+  ]
+  path = tmp_path / 'nn4.small2.v1.t7'
+  path.write_bytes(Torch7().write(net).data)
+  monkeypatch.setenv('HATJAX_WEIGHTS', str(tmp_path))
+  entry = dataclasses.replace(
+    weights.REGISTRY['openface'], sha256=weights.sha256(path)
+  )
+  monkeypatch.setitem(weights.REGISTRY, 'openface', entry)
+  face = np.concatenate([
+    [0, 0, 96, 96], (96 * face_embedding.TEMPLATE).ravel(), [1]
+  ]).astype(np.float32)
+  detector = types.SimpleNamespace(detect=lambda frame: face)
+  monkeypatch.setattr(face_embedding, 'YuNet', lambda: detector)
+  embedder = face_embedding.make('openface')
+  assert embedder.checksum == f'sha256:{weights.sha256(path)}'
+  frames = rng.integers(0, 256, (2, 128, 128, 3), np.uint8)
+  vectors, found = embedder.embed(frames)
+  # The points lie on the template already: the corner of the frame, in RGB.
+  seen = frames[:, :96, :96].astype(np.float64) / 255
+  expected = np.maximum(np.einsum('bhwc,ochw->bo', seen, kernel) + bias, 0)
+  expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+  np.testing.assert_allclose(vectors, expected, atol=1e-4)
+  assert found.all()
 
 
 def test_builtin_descriptor_finds_faces_and_knows_itself():

@@ -122,7 +122,10 @@ def test_the_report_needs_nothing_outside_its_folder(report):
     assert '://' not in link and (out / link).is_file(), link
   frames, _ = video.read_video(next((out / 'videos').glob('*.mp4')))
   assert len(frames) == 6 + 6
-  back = json.loads((out / 'scores.json').read_text())
+  back = json.loads(
+    (out / 'scores.json').read_text(), parse_constant=pytest.fail
+  )
+  assert back['rows']['generated']['acd']['mean'] is None
   assert back['settings']['ssim'] == 'uniform7'
   assert back['settings']['extractors']['ACD']['name'] == 'builtin-hog-1'
   text = (out / 'report.md').read_text()
