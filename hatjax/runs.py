@@ -213,6 +213,11 @@ class Run:
     Raises:
       ValueError: unknown label, sweep or image size; a run that cannot.
     """
+    if not hasattr(self.stages[0].method, 'animate'):
+      raise ValueError(
+        f'This run makes no videos: it is a {self.stages[0].name}. Pass '
+        'another --workdir.'
+      )
     images = np.asarray(images)
     images = images[None] if images.ndim == 3 else images
     self._check_frames('images', images)

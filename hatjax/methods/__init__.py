@@ -8,9 +8,10 @@ from typing import Protocol
 import jax
 
 from hatjax import optim
-from hatjax.methods import hat_cgan, video_diffusion
+from hatjax.methods import face_classifier, hat_cgan, video_diffusion
 
 METHODS = {
+  'face_classifier': face_classifier.FaceClassifier,
   'hat_cgan': hat_cgan.HatCGAN,
   'video_diffusion': video_diffusion.VideoDiffusion,
 }
@@ -23,7 +24,9 @@ class Method(Protocol):
   """What the commands ask of a method.
 
   One whose `train_step` reads batch['draft'], the video of the stage before,
-  says so with a property `needs_draft`.
+  says so with a property `needs_draft`. One that makes no videos has, instead
+  of `animate`, `score(state, clip, n, label)`: {name: scalar} of one clip float
+  [T, H, W, 3], frames from n on being padding, for validation.
   """
 
   reads: tuple[str, ...]
