@@ -51,6 +51,25 @@ def _size_video_diffusion(stage):
     )
 
 
+def _size_fev_gan(stage):
+  if stage.data.image_size > 64 or stage.model.head != 'warp':
+    stage.data.batch_size = 16
+    stage.train.num_steps = 50_000
+    return
+  # The flow and what is added to it are smooth: half the side will do.
+  stage.data.batch_size = min(4, stage.data.batch_size)
+  stage.train.update(num_steps=600, ckpt_every=100, sample_every=100)
+  stage.model.update(
+    dec_width=min(16, stage.model.dec_width),
+    es_width=min(16, stage.model.es_width),
+    discriminator_width=min(8, stage.model.discriminator_width),
+    lambda_gan=0.25, lambda_lips=10.0,
+  )
+  if stage.data.image_size == 64:
+    stage.model.dec_size = 32
+
+
 _SIZED = {
   'hat_cgan': _size_hat_cgan, 'video_diffusion': _size_video_diffusion,
+  'fev_gan': _size_fev_gan,
 }

@@ -105,6 +105,7 @@ def evaluate(
       'fingerprint': run.config['info']['fingerprint'],
       'image_size': batches.image_size, 'ssim': ssim, 'seed': seed,
       'num_sample_steps': num_sample_steps,
+      'notes': dict(getattr(run.method, 'notes', {})),
     },
     'n': {'clips': count, 'subjects': len(subjects)},
     'rows': {
@@ -205,10 +206,11 @@ def table(result):
       f'{np.mean(orders):.3f}, median {np.median(orders):.3f}, lowest '
       f'{np.min(orders):.3f}.'
     )
-  n = result['n']
+  n, notes = result['n'], result['settings'].get('notes', {})
   lines.append(
     f'\n{n["clips"]} clips of {n["subjects"]} people, '
-    f'{result["settings"]["split"]}, step {result["settings"]["step"]}.'
+    f'{result["settings"]["split"]}, step {result["settings"]["step"]}'
+    + ''.join(f', {name} {value}' for name, value in notes.items()) + '.'
   )
   return '\n'.join(lines)
 

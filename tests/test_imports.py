@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = 'train generate evaluate benchmark prepare convert app'.split()
 FLOORS = (
-  dict.fromkeys(COMMANDS, 4) | {'runs': 3}
+  dict.fromkeys(COMMANDS, 4) | {'pretrained': 3.5, 'runs': 3}
   | dict.fromkeys(('methods', 'data', 'parallel', 'workdir', 'validation'), 2)
   | dict.fromkeys(('nets', 'state'), 1)
 )

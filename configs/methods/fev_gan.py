@@ -62,6 +62,7 @@ def _model(preset, image_size):
     es_width=128,
     dec_arch='down4',             # or up16
     dec_width=128,
+    dec_size=0,                   # side that it works at; 0: image_size
     head='direct',                # residual, warp
     discriminator_width=64,
     label_inject='first',         # after D's first layer; input

@@ -30,7 +30,10 @@ class Method(Protocol):
   """What the commands ask of a method.
 
   One whose `train_step` reads batch['draft'], the video of the stage before,
-  says so with a property `needs_draft`.
+  says so with a property `needs_draft`; one with nets that are trained
+  elsewhere with `pretrained`, {net: file or stage it comes from}; one whose
+  results need a word with `notes`, a dict. One that makes no video, but a net
+  for others, has no `animate`.
   """
 
   reads: tuple[str, ...]
@@ -43,6 +46,11 @@ class Method(Protocol):
 
   def animate(self, state, inputs, rng, num_frames):
     """[B, T, H, W, C] in [-1, 1]; may be split into `encode`, `decode`."""
+
+
+def makes_video(name):
+  """Whether there is a method of that name that has `animate`."""
+  return hasattr(METHODS.get(name), 'animate')
 
 
 def make(stage, steps_per_epoch=1, **model):
