@@ -178,6 +178,7 @@ class Run:
     labels: labels it was trained on, () if no method reads any.
     image_size: side of what it makes, pixels.
     crop: 'face' or 'none': how its training records were cropped.
+    background: 'keep' or 'black': whether they show more than the face.
     step: of the last stage's checkpoint.
   """
 
@@ -185,6 +186,7 @@ class Run:
     self.config, self.stages = config, tuple(stages)
     _, self.method, self.state = self.stages[-1]
     self.crop = config['info']['crop']
+    self.background = config['info'].get('background', 'keep')
     self.image_size = self.method.image_size
     self.step = int(self.state.step)
     reads_label = any('label' in s.method.reads for s in self.stages)

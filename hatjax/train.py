@@ -204,6 +204,7 @@ def describe(batches):
     'labels': list(batches.labels),
     'trained_labels': batches.trained_labels(),
     'crop': metadata['options']['crop'],
+    'background': metadata['options'].get('background', 'keep'),
     'fingerprint': metadata['fingerprint'],
   }
 
