@@ -8,6 +8,7 @@ adds the second stage.
 """
 
 from configs import common
+from configs.methods import fev_gan
 
 
 def get_config(arg=''):
@@ -56,17 +57,9 @@ def _size_fev_gan(stage):
     stage.data.batch_size = 16
     stage.train.num_steps = 50_000
     return
-  # The flow and what is added to it are smooth: half the side will do.
-  stage.data.batch_size = min(4, stage.data.batch_size)
+  fev_gan.shrink(stage)
+  stage.model.update(lambda_gan=0.25, lambda_lips=10.0)
   stage.train.update(num_steps=600, ckpt_every=100, sample_every=100)
-  stage.model.update(
-    dec_width=min(16, stage.model.dec_width),
-    es_width=min(16, stage.model.es_width),
-    discriminator_width=min(8, stage.model.discriminator_width),
-    lambda_gan=0.25, lambda_lips=10.0,
-  )
-  if stage.data.image_size == 64:
-    stage.model.dec_size = 32
 
 
 _SIZED = {

@@ -20,7 +20,7 @@ from hatjax import (
   methods,
   parallel,
   prepare,
-  pretrained,
+  frozen as frozen_lib,
   runs,
   settings,
   validation,
