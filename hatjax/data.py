@@ -234,8 +234,12 @@ class Batches:
       faces[clip.subject_name] = self._fit(frame, self.image_size)
     return faces
 
-  def whole_clips(self, limit=None):
+  def whole_clips(self, limit=None, skip=None):
     """Whole clips, or `limit` of them, as they are but for their size.
+
+    Args:
+      limit: how many, always the same ones.
+      skip: takes (id, error) of a clip that cannot be read; else it is raised.
 
     Yields:
       dict: id, label (int), subject (its name), video uint8 [T, S, S, 3].
@@ -244,7 +248,13 @@ class Batches:
     order = np.random.default_rng(0).permutation(len(self.clips))
     for index in sorted(order[: limit or None]):
       clip = self.clips[index]
-      video, _ = self.records.read(clip, range(clip.num_frames))
+      try:
+        video, _ = self.records.read(clip, range(clip.num_frames))
+      except Exception as error:  # decoders of damaged bytes raise anything
+        if skip is None:
+          raise
+        skip(clip.id, error)
+        continue
       video = np.stack([self._fit(f, self.image_size) for f in video])
       known = {'id': clip.id, 'label': clip.label}
       yield {**known, 'subject': clip.subject_name, 'video': video}

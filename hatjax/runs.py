@@ -156,11 +156,6 @@ def load(folder, step=None):
   parallel.enable_compilation_cache()
   config = workdir.read_config(folder)
   *first, last = config['stages']
-  if not methods.makes_video(config[last]['method']):
-    raise ValueError(
-      f'{folder} is a run of {last}, which makes no video. Name it to a run '
-      f'that does: --config.init_from.{last}={folder}'
-    )
   stages = load_earlier(config)
   stages += [
     load_stage(folder, config, name) for name in first
@@ -224,6 +219,11 @@ class Run:
     Raises:
       ValueError: unknown label, sweep or image size; a run that cannot.
     """
+    if not hasattr(self.stages[0].method, 'animate'):
+      raise ValueError(
+        f'This run makes no videos: it is a {self.stages[0].name}. Pass '
+        'another --workdir.'
+      )
     images = np.asarray(images)
     images = images[None] if images.ndim == 3 else images
     self._check_frames('images', images)

@@ -17,10 +17,10 @@ from absl import app, flags, logging
 from hatjax import (
   config_flag,
   data,
+  init_from,
   methods,
   parallel,
   prepare,
-  frozen as frozen_lib,
   runs,
   settings,
   validation,
@@ -107,7 +107,7 @@ def train(config, folder, data_dir=None):
     settings.check_choices(train__draft_alpha=(
       block['train'].get('draft_alpha', 'inferred'), validation.DRAFT_ALPHAS
     ))
-    frozen = pretrained.load(config, method)
+    frozen = init_from.load(config, method)
     parts.append((name, block, batches, method, frozen))
   config = _absolute({**config, 'info': info})
   earlier = runs.load_earlier(config)
@@ -234,11 +234,9 @@ class _Stage:
       directory=data_dir,
       **{**stage['data'], 'split': self.settings.get('val_split', 'val')},
     )
-    self.clips = []
-    if hasattr(method, 'animate'):
-      self.clips = list(
-        held_out.whole_clips(self.settings.get('val_clips', 8))
-      )
+    self.clips = list(
+      held_out.whole_clips(self.settings.get('val_clips', 8))
+    )
     self.scorer = validation.make_scorer(method, previous)
     # A stage that refines is scored on as many frames as it learns from.
     self.limit = validation.MAX_FRAMES
@@ -252,7 +250,7 @@ class _Stage:
     if step is None:
       state = self.runner.init(jax.random.fold_in(root, 2**31), example)
       if self.frozen:
-        state = pretrained.put(self.runner.fetch(state), self.frozen)
+        state = init_from.put(self.runner.fetch(state), self.frozen)
         state = self.runner.place(jax.device_get(state))
       return 0, state
     print(f'Resuming {self.run.folder} at step {step}.')

@@ -9,7 +9,16 @@ from jax import lax
 
 from configs import frame_folders, mug, synthetic
 from configs.methods import fev_gan as fev_config
-from hatjax import data, evaluate, losses, methods, pretrained, runs, train
+from hatjax import (
+  data,
+  evaluate,
+  init_from,
+  losses,
+  methods,
+  runs,
+  score_report,
+  train,
+)
 from hatjax.methods import identity_encoder
 from hatjax.nets import fev_gan as nets
 
@@ -252,21 +261,21 @@ def test_nets_from_elsewhere_are_asked_for_and_checked(tiny, tmp_path):
   method, state, _ = tiny
   config = {'stages': ('fev_gan',)}
   with pytest.raises(ValueError, match='init_from.identity_encoder is empty'):
-    pretrained.load(config, method)
+    init_from.load(config, method)
   net = jax.tree.map(lambda x: x + 1, state.params['identity_encoder'])
-  new = pretrained.put(state, {'identity_encoder': net | {'fc6': {}}})
+  new = init_from.put(state, {'identity_encoder': net | {'fc6': {}}})
   same = jax.tree.map(np.array_equal, new.params['identity_encoder'], net)
   assert all(jax.tree.leaves(same))
   with pytest.raises(ValueError, match='conv1_1 .*expected .*3, 3, 3, 2'):
-    pretrained.put(state, {'identity_encoder': {'conv1_1': {}}})
+    init_from.put(state, {'identity_encoder': {'conv1_1': {}}})
   method = make(eid='vgg_face')
   np.savez(tmp_path / 'w.npz', **{'conv1_1/bias': np.ones(2)})
   config['init_from'] = {'vgg_face': tmp_path / 'w.npz'}
-  nets_found = pretrained.load(config, method)
+  nets_found = init_from.load(config, method)
   np.testing.assert_array_equal(
     nets_found['identity_encoder']['conv1_1']['bias'], [1, 1]
   )
-  assert pretrained.load(config, make(eid='random')) == {}
+  assert init_from.load(config, make(eid='random')) == {}
 
 
 def test_one_command_trains_the_encoder_and_what_needs_it(
@@ -291,9 +300,9 @@ def test_one_command_trains_the_encoder_and_what_needs_it(
   result = evaluate.evaluate(run, 'everything', num_clips=1,
                              directory=toy_records)
   assert result['settings']['notes'] == {'eid': 'trained'}
-  assert 'eid trained' in evaluate.table(result)
+  assert 'eid trained.\n' in score_report.notes(result)
   again = frame_folders.get_config('fev_gan,tiny').to_dict()
   again['init_from'] = {'identity_encoder': str(tmp_path / 'run')}
   method = runs.make_method(again['fev_gan'], run.config['info'], 16)
-  found = pretrained.load(again, method)['identity_encoder']
+  found = init_from.load(again, method)['identity_encoder']
   assert jax.tree.all(jax.tree.map(np.array_equal, learned, found))

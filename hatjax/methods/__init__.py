@@ -9,6 +9,7 @@ import jax
 
 from hatjax import optim
 from hatjax.methods import (
+  face_classifier,
   fev_gan,
   hat_cgan,
   identity_encoder,
@@ -16,6 +17,7 @@ from hatjax.methods import (
 )
 
 METHODS = {
+  'face_classifier': face_classifier.FaceClassifier,
   'fev_gan': fev_gan.FEVGAN,
   'hat_cgan': hat_cgan.HatCGAN,
   'identity_encoder': identity_encoder.IdentityEncoder,
@@ -32,8 +34,9 @@ class Method(Protocol):
   One whose `train_step` reads batch['draft'], the video of the stage before,
   says so with a property `needs_draft`; one with nets that are trained
   elsewhere with `pretrained`, {net: file or stage it comes from}; one whose
-  results need a word with `notes`, a dict. One that makes no video, but a net
-  for others, has no `animate`.
+  results need a word with `notes`, a dict. One that makes no videos has,
+  instead of `animate`, `score(state, clip, n, label)`: {name: scalar} of one
+  clip float [T, H, W, 3], frames from n on being padding, for validation.
   """
 
   reads: tuple[str, ...]

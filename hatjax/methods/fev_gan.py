@@ -119,7 +119,7 @@ class FEVGAN:
 
   @property
   def pretrained(self):
-    """{frozen net: what it comes from}; see `pretrained.load`."""
+    """{frozen net: what it comes from}; see `init_from.load`."""
     if not self._has_identity or self.eid == 'random':
       return {}
     name = 'vgg_face' if self.eid == 'vgg_face' else 'identity_encoder'

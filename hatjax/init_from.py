@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from hatjax import runs, workdir
+from hatjax import runs, weights, workdir
 from hatjax.nets import vgg
 
 
@@ -11,8 +11,8 @@ def load(config, method):
   """The frozen nets of a method that are not trained in this run.
 
   Args:
-    config: of it `stages`, and `init_from`, {'vgg_face': converted file,
-      other source: run that has a stage of that name}.
+    config: of it `stages`, and `init_from`, {'vgg_face': converted file
+      (default: see `weights`), other source: run with a stage of that name}.
     method: of its `pretrained`, {net: source}.
 
   Returns:
@@ -47,15 +47,12 @@ def load(config, method):
 
 
 def _read_weights(path, setting):
-  """Arrays of a converted file, or of the one that is where it belongs."""
+  """Arrays of a converted file; default: the one that is where it belongs."""
   if not path:
-    raise ValueError(
-      f"{setting} is empty. Pass the converted file, or use a stand-in: "
-      "--config.fev_gan.model.eid=trained"
-    )
+    return weights.load('vgg_face')
   try:
     with np.load(path, allow_pickle=False) as arrays:
-      return dict(arrays)
+      return {k: v for k, v in arrays.items() if k[0] != '_'}
   except (OSError, ValueError) as error:
     raise ValueError(f'{setting}: {path} cannot be read: {error}') from error
 
