@@ -255,6 +255,9 @@ def test_configs_have_their_own_size_and_frames():
     assert (stage.data.num_frames, stage.data.frames) == (31, 'even')
   paper = mug.get_config('fev_gan,paper').fev_gan
   assert paper.optim.generator.lr == 2e-5 and paper.model.eid == 'vgg_face'
+  assert (paper.data.name, paper.data.split, paper.train.val_split) == (
+    'mug/face-256-black', 'subjects_80', 'subjects_20'
+  )
 
 
 def test_nets_from_elsewhere_are_asked_for_and_checked(tiny, tmp_path):
