@@ -151,7 +151,7 @@ def test_animate_has_shape_and_range_and_repeats(trained):
 def quiet(stage):
   """Noise off, so that devices and orders of work can be compared."""
   if stage['method'] == 'fev_gan':
-    return make(stage)  # which has none
+    return make(stage, eid_dropout=0.0)
   return make(stage, feature_noise=0.0, dropout=0.0, lambda_alpha=0.0)
 
 

@@ -47,6 +47,7 @@ class FEVGAN:
   eid_taps: tuple[str, ...] = ('relu5_3',)
   eid_depths: tuple[int, ...] = vgg.D
   eid_width: int = 64
+  eid_dropout: float = 0.0
   es_width: int = 128
   dec_arch: str = 'down4'
   dec_width: int = 128
@@ -66,6 +67,7 @@ class FEVGAN:
   reads = ('image', 'label')
 
   def __post_init__(self):
+    settings.check_shares(model__eid_dropout=self.eid_dropout)
     settings.check_choices(
       model__eid=(self.eid, SOURCES),
       model__dec_arch=(self.dec_arch, nets.DECODERS),
@@ -159,7 +161,7 @@ class FEVGAN:
     return nets.Generator(
       image_size=self.dec_size or self.image_size, num_frames=self.num_frames,
       num_labels=self.num_labels, grid=self.grid, spatial=self.use_spatial,
-      es_width=self.es_width, dec_arch=self.dec_arch,
+      dropout=self.eid_dropout, es_width=self.es_width, dec_arch=self.dec_arch,
       dec_width=self.dec_width, head=self.head, axis_name=self.axis_name,
       dtype=jnp.dtype(self.dtype),
     )
@@ -215,11 +217,10 @@ class FEVGAN:
       state: TrainState.
       batch: video float32 [B, T, S, S, 3] in [-1, 1], neutral first and in
         the order of time; lip_mask [B, T, S, S, 1]; label int32 [B].
-      rng: not used: nothing is random in a step.
+      rng: the key of this step.
 
     Returns: the new state and a dict of scalar metrics.
     """
-    del rng
     chex.assert_rank(batch['video'], 5)
     image, label = batch['video'][:, 0], batch['label']
     faces = None
@@ -230,7 +231,7 @@ class FEVGAN:
 
     def forward(params):
       fake, stats = self._generate(
-        params, state.model_state['batch_stats'], image, faces, label, True
+        params, state.model_state['batch_stats'], image, faces, label, rng
       )
       return fake, stats
 
@@ -272,11 +273,12 @@ class FEVGAN:
     """Taps side by side, on the grid of the last."""
     return jnp.concatenate(features, -1)
 
-  def _generate(self, params, stats, image, faces, label, train):
-    """(video [B, T, S, S, 3] in [-1, 1], moments of the batch norms)."""
+  def _generate(self, params, stats, image, faces, label, rng=None):
+    """(video [B, T, S, S, 3], moments of the batch norms); trains if `rng`."""
     identity = self._join(faces) if self.use_identity else None
     said, new = self.generator.apply(
-      {'params': params, 'batch_stats': stats}, image, identity, label, train,
+      {'params': params, 'batch_stats': stats}, image, identity, label,
+      rng is not None, rngs=None if rng is None else {'dropout': rng},
       mutable=['batch_stats'],
     )
     return self._show(image, said), new['batch_stats']
@@ -381,7 +383,7 @@ class FEVGAN:
       faces = self._identify(state.params['identity_encoder'], image)
     video, _ = self._generate(
       state.inference_params('generator'), state.model_state['batch_stats'],
-      image, faces, label, False,
+      image, faces, label,
     )
     video = jnp.clip(video, -1, 1)
     if num_frames == self.num_frames:

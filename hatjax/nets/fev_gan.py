@@ -161,6 +161,8 @@ class Generator(nn.Module):
 
   Attributes:
     spatial: whether E_s is there.
+    dropout: share of E_id's maps that a training step leaves out, so that the
+      decoder does not learn the training subjects by heart.
     head: 'direct' (tanh); 'residual' (input + y); 'warp' (the input, each of
       its pixels fetched from where a flow of the decoder says, + y).
   """
@@ -170,6 +172,7 @@ class Generator(nn.Module):
   num_labels: int = 6
   grid: int = 14
   spatial: bool = True
+  dropout: float = 0.0
   es_width: int = 128
   dec_arch: str = 'down4'
   dec_width: int = 128
@@ -192,7 +195,10 @@ class Generator(nn.Module):
       head 'warp', the flow.
     """
     common = dict(axis_name=self.axis_name, dtype=self.dtype)
-    maps = [] if identity is None else [identity.astype(self.dtype)]
+    maps = []
+    if identity is not None:
+      drop = nn.Dropout(self.dropout, (1, 2), deterministic=not train)
+      maps.append(drop(identity.astype(self.dtype)))
     if self.spatial:
       encoder = SpatialEncoder(
         self.grid, self.es_width, name='spatial_encoder', **common
