@@ -52,9 +52,7 @@ def get_config(arg=''):
       train.val_clips = 0
     if name == 'fev_gan':
       fev_gan.shrink(config[name])
-      # Here they are to be known by heart.
-      config[name].data.update(jitter=0.0, pad=0)
-      config[name].model.eid_dropout = 0.0
+      config[name].model.eid_dropout = 0.0  # to be known by heart
     if name == 'identity_encoder':
       train.num_steps = 50
   return config

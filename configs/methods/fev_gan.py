@@ -42,9 +42,7 @@ def get_stage(preset, image_size, data):
     adam['lr'] = 1e-3
   stage.optim = dict(generator=dict(adam), discriminator=dict(adam))
   if not preset.startswith('paper'):
-    # Few subjects: both nets would soon know them by heart.
     stage.optim.discriminator.lr = 2e-4
-    stage.data.update(jitter=0.2, pad=image_size // 16)
   if preset == 'tiny':
     stage.data.batch_size = 2
   stage.data.update(data)
@@ -69,6 +67,7 @@ def _model(preset, image_size):
     dec_width=128,
     dec_size=0,                   # side that it works at; 0: image_size
     head='direct',                # residual, warp
+    norm='batch',                 # or group, which needs no large batches
     discriminator_width=64,
     label_inject='first',         # after D's first layer; input
     n_id_frames=4,
@@ -88,7 +87,8 @@ def _model(preset, image_size):
       'eid': 'trained', 'eid_size': net['input_size'],
       'eid_taps': net['taps'], 'eid_depths': net['depths'],
       'eid_width': net['width'], 'dec_arch': 'up16', 'head': 'warp',
-      'dec_width': 64, 'ema_decay': 0.999, 'eid_dropout': 0.5,
+      'dec_width': 64, 'norm': 'group', 'ema_decay': 0.999,
+      'eid_dropout': 0.5,
     }
   if preset == 'tiny':
     model |= dict(

@@ -53,6 +53,7 @@ class FEVGAN:
   dec_width: int = 128
   dec_size: int = 0
   head: str = 'direct'
+  norm: str = 'batch'
   discriminator_width: int = 64
   label_inject: str = 'first'
   n_id_frames: int = 4
@@ -72,6 +73,7 @@ class FEVGAN:
       model__eid=(self.eid, SOURCES),
       model__dec_arch=(self.dec_arch, nets.DECODERS),
       model__head=(self.head, nets.HEADS),
+      model__norm=(self.norm, nets.NORMS),
       model__label_inject=(self.label_inject, nets.INJECTIONS),
       model__dtype=(self.dtype, settings.DTYPES),
     )
@@ -162,8 +164,8 @@ class FEVGAN:
       image_size=self.dec_size or self.image_size, num_frames=self.num_frames,
       num_labels=self.num_labels, grid=self.grid, spatial=self.use_spatial,
       dropout=self.eid_dropout, es_width=self.es_width, dec_arch=self.dec_arch,
-      dec_width=self.dec_width, head=self.head, axis_name=self.axis_name,
-      dtype=jnp.dtype(self.dtype),
+      dec_width=self.dec_width, head=self.head, norm_kind=self.norm,
+      axis_name=self.axis_name, dtype=jnp.dtype(self.dtype),
     )
 
   @property
@@ -171,7 +173,7 @@ class FEVGAN:
     """D."""
     return nets.Discriminator(
       width=self.discriminator_width, num_labels=self.num_labels,
-      inject=self.label_inject, axis_name=self.axis_name,
+      inject=self.label_inject, norm_kind=self.norm, axis_name=self.axis_name,
       dtype=jnp.dtype(self.dtype),
     )
 
@@ -202,7 +204,7 @@ class FEVGAN:
       )
     tx = {name: self.tx[name] for name in ('generator', *self._judges)}
     return state_lib.create(
-      params, tx, {'batch_stats': variables['batch_stats']},
+      params, tx, {'batch_stats': variables.get('batch_stats', {})},
       ema=('generator',) if self.ema_decay else (),
     )
 
@@ -281,7 +283,7 @@ class FEVGAN:
       rng is not None, rngs=None if rng is None else {'dropout': rng},
       mutable=['batch_stats'],
     )
-    return self._show(image, said), new['batch_stats']
+    return self._show(image, said), new.get('batch_stats', {})
 
   def _show(self, image, said):
     """The head: what the decoder says [B, T, S, S, C] -> frames."""
