@@ -244,7 +244,7 @@ def test_labels_filter_by_alias(toy_records):
    '--grey --num_identities 6 --num_frames 4 --seed 1 --data_dir'),
   (dict(resident=True), 'auto, yes, no'),
   (dict(resize='nearest'), 'auto, cubic, area'),
-  (dict(frames='odd'), 'data.frames is .odd.*random, even, window'),
+  (dict(frames='odd'), 'data.frames is .odd.*random, even, blend, window'),
   (dict(load_size=8), 'load_size 8 is smaller'),
   (dict(load_size=20, pad=0, crop_offsets=6), r'1\.\.5'),
 ])
