@@ -83,7 +83,7 @@ def write(results, folder, title='Comparison'):
   )] + warnings
   table = '\n'.join([*lines, '', *(f'{line}\n' for line in under)])
   (folder / 'comparison.json').write_text(
-    json.dumps({'results': results, 'warnings': warnings}, indent=1)
+    score_report.to_json({'results': results, 'warnings': warnings})
   )
   (folder / 'comparison.md').write_text(
     f'# {title}\n\n{table}\n{_published_markdown()}'

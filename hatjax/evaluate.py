@@ -13,10 +13,8 @@ frame of the draft averaged with its neighbours. Everything goes into a folder:
 report.html, report.md, scores.json (every setting, every clip), strips, videos.
 """
 
-import json
 import pathlib
 import sys
-import time
 from importlib import metadata
 
 import jax
@@ -79,25 +77,12 @@ def evaluate(
   Raises:
     ValueError: unknown split or protocol; a run that cannot refine.
   """
-  for protocol in protocols:
-    if protocol not in PROTOCOLS:
-      raise ValueError(
-        f'Unknown protocol {protocol!r}. Choose some of: '
-        f'{", ".join(PROTOCOLS)}.'
-      )
+  infer = _make_infer(run)
+  _check(run, protocols, strengths, infer)
   block = dict(run.config[run.config['stages'][-1]]['data'])
   batches = data.make_batches(
     **{**block, 'split': split, 'directory': directory}
   )
-  if strengths and len(run.stages) < 2:
-    raise ValueError(
-      '--refine: this run has no stage that refines. Leave it out.'
-    )
-  infer = _make_infer(run)
-  if 'oracle' in protocols and infer is None:
-    raise ValueError(
-      'protocol oracle: this run infers no intensity. Use profile.'
-    )
   labels = run.config['info']['labels']
   parts = extractors.gather(
     faces, classifier and _load(classifier), _identity(faces), labels, nets
@@ -105,7 +90,7 @@ def evaluate(
   scorer = scores.Scorer(
     ssim=ssim, sizes=tuple(sizes), infer=infer, seed=seed, **parts.arguments
   )
-  orders, subjects, skipped, making = [], set(), [], 0.0
+  orders, subjects, skipped = [], set(), []
   count = min(num_clips or len(batches.clips), len(batches.clips))
   found = batches.whole_clips(
     num_clips or None, lambda name, error: skipped.append(f'{name}: {error}')
@@ -114,11 +99,9 @@ def evaluate(
     real = clip['video']
     subjects.add(clip['subject'])
     alpha = infer and infer(real, clip['label'])
-    begin = time.perf_counter()
     made, drafts = _make_rows(
       run, clip, labels, protocols, strengths, alpha, num_sample_steps, seed
     )
-    making += time.perf_counter() - begin
     scorer.add(clip['id'], clip['label'], real, made, drafts)
     if alpha is not None and len(real) > 3:
       true = batches.records.alphas(batches.records.clips[clip['id']])
@@ -131,19 +114,40 @@ def evaluate(
     result['rows']['alpha'] = {'spearman': metrics.bootstrap(orders, seed)}
     result['clips']['alpha'] = {'spearman': orders}
   settings = {
-    'workdir': str(getattr(run, 'folder', '')), 'split': split,
-    'step': run.step, 'stages': list(run.config['stages']),
-    'records': block['name'],
+    'split': split, 'records': block['name'], 'image_size': batches.image_size,
+    'protocols': list(protocols), 'strengths': list(strengths),
+    'num_sample_steps': num_sample_steps, 'num_clips': num_clips,
+    'notes': dict(getattr(run.method, 'notes', {})),
+  } | _describe(run)
+  return _finish(result, settings, scorer, parts, len(subjects), skipped)
+
+
+def _check(run, protocols, strengths, infer):
+  """ValueError unless the run can be scored that way."""
+  for protocol in protocols:
+    if protocol not in PROTOCOLS:
+      raise ValueError(
+        f'Unknown protocol {protocol!r}. Choose some of: '
+        f'{", ".join(PROTOCOLS)}.'
+      )
+  if strengths and len(run.stages) < 2:
+    raise ValueError(
+      '--refine: this run has no stage that refines. Leave it out.'
+    )
+  if 'oracle' in protocols and infer is None:
+    raise ValueError(
+      'protocol oracle: this run infers no intensity. Use profile.'
+    )
+
+
+def _describe(run):
+  """What a result must remember of its run."""
+  return {
+    'workdir': str(getattr(run, 'folder', '')), 'step': run.step,
+    'stages': list(run.config['stages']),
     'fingerprint': run.config['info']['fingerprint'],
-    'image_size': batches.image_size, 'protocols': list(protocols),
-    'strengths': list(strengths), 'num_sample_steps': num_sample_steps,
-    'num_clips': num_clips, 'notes': dict(getattr(run.method, 'notes', {})),
+    'config': {name: run.config[name] for name in run.config['stages']},
   }
-  if making:
-    result['scoring']['seconds_generating'] = making
-  return _finish(
-    result, settings, scorer, parts, len(scorer.ids), len(subjects), skipped
-  )
 
 
 def evaluate_folders(
@@ -196,9 +200,7 @@ def evaluate_folders(
   if not scorer.ids:
     raise ValueError(f'No pair could be read: {skipped[0]}')
   settings = {'generated': str(generated), 'real': str(real)}
-  return _finish(
-    scorer.result(), settings, scorer, parts, len(scorer.ids), None, skipped
-  )
+  return _finish(scorer.result(), settings, scorer, parts, None, skipped)
 
 
 def _load(folder):
@@ -231,7 +233,8 @@ def _list_videos(folder):
   }
 
 
-def _finish(result, settings, scorer, parts, clips, subjects, skipped):
+def _finish(result, settings, scorer, parts, subjects, skipped):
+  """The result with its settings and counts."""
   settings |= {
     'ssim': scorer.ssim, 'sizes': ['native', *scorer.sizes],
     'resize': 'areas (OpenCV INTER_AREA)', 'psnr_cap': scores.PSNR_CAP,
@@ -243,7 +246,9 @@ def _finish(result, settings, scorer, parts, clips, subjects, skipped):
     },
     'device': jax.devices()[0].device_kind,
   }
-  n = {'clips': clips, 'subjects': subjects, 'skipped': len(skipped)}
+  n = {
+    'clips': len(scorer.ids), 'subjects': subjects, 'skipped': len(skipped)
+  }
   return {'settings': settings, 'n': n, 'skipped': skipped, **result}
 
 
@@ -333,6 +338,12 @@ def _define():
     lower_bound=0,
   )
   string('data_dir', None, 'Where the records live; see hatjax.train.')
+  _define_scores()
+
+
+def _define_scores():
+  """Flags of what is scored, and where it is written."""
+  integer, string = flags.DEFINE_integer, flags.DEFINE_string
   flags.DEFINE_enum(
     'ssim', 'gaussian', sorted(metrics.WINDOWS), 'Window of SSIM.'
   )
@@ -397,7 +408,7 @@ def _write(result, gallery, out, folder=None):
   out = pathlib.Path(out)
   if out.suffix == '.json':
     out.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_atomically(out, json.dumps(result, indent=1))
+    workdir.write_atomically(out, score_report.to_json(result))
     return
   stages = result['settings'].get('stages', ())
   curves = [(s, pathlib.Path(folder) / s / 'losses.png') for s in stages]

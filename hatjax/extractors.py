@@ -74,7 +74,7 @@ def gather(faces='auto', judge=None, identity=None, labels=(), nets=True):
     if not nets:
       absent[score] = 'not computed: --nonets'
     elif missing:
-      cures = ' and '.join(f'`{weights.cure(name)}`' for name in missing)
+      cures = ' and '.join(weights.cure(name) for name in missing)
       absent[score] = (
         f'not computed: needs {" and ".join(missing)}, get it with {cures}'
       )
@@ -84,9 +84,9 @@ def gather(faces='auto', judge=None, identity=None, labels=(), nets=True):
   function = None
   if judge is None:
     absent['recognised'] = (
-      'not computed: needs a classifier, train one with `python -m '
-      'hatjax.train --config <file>:face_classifier --workdir runs/judge`, '
-      'then pass --classifier runs/judge'
+      'not computed: needs a classifier, get it with python -m hatjax.train '
+      '--config <file>:face_classifier --workdir runs/judge, then pass '
+      '--classifier runs/judge'
     )
   else:
     function = make_judge(judge, labels)

@@ -112,7 +112,7 @@ class OpenFace:
   def _embed_face(self, frame, face):
     aligned = align(frame, face[4:14].reshape(5, 2), 96)
     self._net.setInput(cv2.dnn.blobFromImage(aligned, 1 / 255, (96, 96)))
-    return self._net.forward()[0]
+    return self._net.forward().ravel()
 
 
 class SFace:
@@ -132,7 +132,7 @@ class SFace:
 
   def _embed_face(self, frame, face):
     bgr = np.ascontiguousarray(frame[..., ::-1])
-    return self._net.feature(self._net.alignCrop(bgr, face))[0]
+    return self._net.feature(self._net.alignCrop(bgr, face)).ravel()
 
 
 class YuNet:

@@ -19,7 +19,7 @@ NEED_NO_MODEL = ('real', 'copy', 'blend')
 STRIP_FRAMES = 8
 _STYLE = '''
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto;
-  padding: 0 1rem; max-width: 1200px; color: #222; background: #fff; }
+  padding: 0 1rem; max-width: 1400px; color: #222; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -28,7 +28,7 @@ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
 th:first-child, td:first-child { text-align: left; }
 small { color: #777; display: block; } .best { font-weight: 700; }
 .baseline td { color: #777; }
-.clip { margin: 1.2rem 0 2rem; } .clip img, video { image-rendering: auto; }
+.clip { margin: 1.2rem 0 2rem; } .clip img { height: 96px; }
 .clip td { border: 0; padding: .15rem .5rem; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 12px; }
 '''
@@ -63,6 +63,18 @@ class Gallery:
   def clips(self):
     """Those to show: list of (clip, {row: video})."""
     return [*self._first.values(), *self._others][: self._shown]
+
+
+def to_json(result):
+  """The text of a json file; what is not known (nan) is null there."""
+  def clean(x):
+    if isinstance(x, dict):
+      return {k: clean(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+      return [clean(v) for v in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
+
+  return json.dumps(clean(result), indent=1) + '\n'
 
 
 def file_name(text):
@@ -143,8 +155,10 @@ def notes(result):
       f'Faces not found: {", ".join(missed) or "none"}; such frames are left '
       'out, a clip with more than half of them has no ACD.'
     )
+  reasons = {}
   for name, why in result['not_computed'].items():
-    found.append(f'{name}: {why}.')
+    reasons.setdefault(why, []).append(name)
+  found += [f'{", ".join(names)}: {why}.' for why, names in reasons.items()]
   return [f'{line}\n' for line in found]
 
 
@@ -167,7 +181,7 @@ def write(result, gallery, folder, curves=()):
       name = f'curves/{file_name(title)}.png'
       shutil.copyfile(path, folder / name)
       pictures.append((title, name))
-  (folder / 'scores.json').write_text(json.dumps(result, indent=1))
+  (folder / 'scores.json').write_text(to_json(result))
   (folder / 'report.md').write_text(_markdown(result, shown, pictures))
   (folder / 'report.html').write_text(_html(result, shown, pictures))
 
@@ -175,7 +189,7 @@ def write(result, gallery, folder, curves=()):
 def _draw(folder, clip, made):
   """Strips and a video of one clip; dict of what was written."""
   name = file_name(clip['id'])
-  rows = [r for r in made if r not in NEED_NO_MODEL] + ['blend', 'real']
+  rows = [r for r in made if not needs_no_model(r)] + ['blend', 'real']
   picture = f'strips/{name}_input.png'
   video.write_image(folder / picture, clip['video'][0])
   strips = {}
@@ -194,7 +208,9 @@ def _draw(folder, clip, made):
   # Forth, a moment's rest, and from the start.
   grid = np.concatenate([grid, grid[-1:].repeat(6, 0)])
   video.write_video(folder / movie, grid, 12)
-  title = ' '.join(filter(None, [clip['id'], clip['label_name']]))
+  title = clip['id']
+  if clip['label_name'] not in title:
+    title += f', {clip["label_name"]}'
   return {
     'title': title, 'input': picture, 'strips': strips, 'movie': movie,
   }
@@ -226,21 +242,19 @@ def _markdown(result, shown, pictures):
   return '\n'.join([*lines, '', '## Settings', '', f'```\n{settings}\n```', ''])
 
 
-def html_table(rows, names, baselines=NEED_NO_MODEL):
-  """The scores as an HTML table; the best of each column is bold.
+def needs_no_model(row):
+  """Whether a row is a baseline: shown in grey, competing with nothing."""
+  return row in NEED_NO_MODEL or row.endswith('temporal mean')
 
-  Rows named in `baselines` (or ending in 'temporal mean') are grey and do not
-  compete.
-  """
-  is_baseline = lambda name: (
-    name in baselines or name.endswith('temporal mean')
-  )
+
+def html_table(rows, names):
+  """The scores as an HTML table; the best of each column is bold."""
   best = {}
   for score in names:
     sign = scores.COLUMNS[score.split('@')[0]][2]
     known = {
       name: row[score]['mean'] for name, row in rows.items()
-      if score in row and not is_baseline(name)
+      if score in row and not needs_no_model(name)
       and not math.isnan(row[score]['mean'])
     }
     if sign and len(known) > 1:
@@ -259,7 +273,7 @@ def html_table(rows, names, baselines=NEED_NO_MODEL):
       if 'low' in value and not math.isnan(value['low']):
         low = f'<small>{value["low"]:{form}} – {value["high"]:{form}}</small>'
       cells.append(f'<td{mark}>{cell(row, score)}{low}</td>')
-    kind = ' class="baseline"' if is_baseline(name) else ''
+    kind = ' class="baseline"' if needs_no_model(name) else ''
     lines.append(
       f'<tr{kind}><td>{html.escape(name)}</td>{"".join(cells)}</tr>'
     )
@@ -281,7 +295,7 @@ def _html(result, shown, pictures):
   names = columns(rows)
   parts = [html_table(rows, names)]
   parts.append(
-    '<p>Small: 95 % bootstrap interval over clips. Grey rows need no model.</p>'
+    '<p>Small: 95 % bootstrap interval over clips. Grey rows are baselines.</p>'
   )
   parts += [f'<p>{html.escape(line)}</p>' for line in notes(result)]
   for clip in shown:
