@@ -159,7 +159,7 @@ def test_losses_are_those_of_equations_1_and_3(tiny):
    {'eid': 'trained', 'without': 'E_id'}),
   (dict(use_identity=False, lambda_id=0.0), ['decoder', 'spatial_encoder'],
    {'eid': 'none', 'without': 'E_id'}),
-  (dict(use_spatial=False, head='direct'), ['decoder'],
+  (dict(use_spatial=False, head='direct', norm='batch'), ['decoder'],
    {'eid': 'trained', 'without': 'E_s'}),
   (dict(eid='random', lambda_gan=0.0, dec_arch='down4', eid_size=16,
         head='residual', remat=True, dtype='bfloat16', dec_size=8),
@@ -246,6 +246,12 @@ def test_wrong_settings_are_named(changes, message):
 def test_wrong_number_of_frames_is_named():
   with pytest.raises(ValueError, match='Set data.num_frames to 7'):
     make().init(KEY, data.example_batch(16, 1, 8))
+
+
+def test_features_of_another_grid_are_named():
+  method = make(eid_taps=('relu1_1', 'relu2_1'))
+  with pytest.raises(ValueError, match='relu1_1 has 12x12 maps, not 6x6'):
+    jax.eval_shape(method.init, KEY, data.example_batch(16, 1, 7))
 
 
 def test_configs_have_their_own_size_and_frames():

@@ -272,7 +272,14 @@ class FEVGAN:
     return (jax.checkpoint(run) if self.remat else run)(params, images)
 
   def _join(self, features):
-    """Taps side by side, on the grid of the last."""
+    """Taps side by side, [N, g, g, C]."""
+    for tap, feature in zip(self.eid_taps, features):
+      if feature.shape[1] != self.grid:
+        raise ValueError(
+          f'model.eid_taps: {tap} has {feature.shape[1]}x{feature.shape[1]} '
+          f'maps, not {self.grid}x{self.grid}. Take taps from after the last '
+          f'but one pool, such as pool{len(self.eid_depths) - 1}.'
+        )
     return jnp.concatenate(features, -1)
 
   def _generate(self, params, stats, image, faces, label, rng=None):
