@@ -111,6 +111,41 @@ def test_doubling_one_axis_is_a_transposed_convolution(time, space):
   np.testing.assert_allclose(double.apply(params, x), expected, atol=1e-5)
 
 
+def test_batch_norm_is_over_all_devices():
+  x = jax.random.normal(KEY, (4, 3, 3, 2)) * 3 + 1
+  norm = nets.Norm('batch')
+  variables = norm.init(KEY, x, True)
+  params, stats = variables['params'], variables['batch_stats']
+  gain, mean, var = params['BatchNorm_0']['scale'], x.mean((0, 1, 2)), x.var(
+    (0, 1, 2)
+  )
+  run = lambda norm: lambda x: norm.apply(
+    variables, x, True, mutable=['batch_stats']
+  )
+  whole, new = run(norm)(x)
+  expected = gain * (x - mean) / np.sqrt(var + 1e-5)
+  np.testing.assert_allclose(whole, expected, atol=1e-4)
+  noted = 0.9 * stats['BatchNorm_0']['mean'] + 0.1 * mean
+  np.testing.assert_allclose(
+    new['batch_stats']['BatchNorm_0']['mean'], noted, atol=1e-5
+  )
+  halves, both = jax.pmap(run(nets.Norm('batch', 'd')), 'd')(
+    x.reshape(2, 2, 3, 3, 2)
+  )
+  np.testing.assert_allclose(halves.reshape(x.shape), whole, atol=1e-5)
+  for leaf, one in zip(jax.tree.leaves(both), jax.tree.leaves(new)):
+    np.testing.assert_allclose(leaf, np.stack([one, one]), atol=1e-5)
+
+
+def test_group_norm_is_flaxs():
+  x = jax.random.normal(KEY, (2, 3, 4, 4, 8)) * 3 + 1
+  ours, theirs = nets.Norm('group'), nets.nn.GroupNorm(None, group_size=4)
+  params = ours.init(KEY, x, True)
+  np.testing.assert_allclose(
+    ours.apply(params, x, False), theirs.apply(params, x), atol=1e-4
+  )
+
+
 def test_identity_loss_is_zero_for_the_input_face(tiny):
   method, state, batch = tiny
   params, image = state.params['identity_encoder'], batch['video'][:, 0]

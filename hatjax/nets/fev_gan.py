@@ -63,14 +63,26 @@ class Norm(nn.Module):
   def __call__(self, x, train):
     around_1 = lambda *args: 1 + 0.02 * jax.random.normal(*args)
     if self.kind == 'group':
-      size = math.gcd(4, x.shape[-1])
-      return nn.GroupNorm(
-        None, group_size=size, scale_init=around_1, dtype=self.dtype
-      )(x)
+      scale = self.param('scale', around_1, x.shape[-1:])
+      bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+      return _group_norm(x, scale, bias, math.gcd(4, x.shape[-1]))
     return nn.BatchNorm(
       use_running_average=not train, momentum=0.9, axis_name=self.axis_name,
       scale_init=around_1, dtype=self.dtype,
     )(x)
+
+
+def _group_norm(x, scale, bias, size, eps=1e-5):
+  """Of [B, ..., C], `size` channels each; from the channels' moments, so that
+  only small arrays are regrouped."""
+  wide = x.astype(jnp.float32)
+  axes = tuple(range(1, x.ndim - 1))
+  moments = jnp.stack([wide.mean(axes), jnp.square(wide).mean(axes)])
+  groups = moments.reshape(2, len(x), -1, size).mean(-1)
+  mean, square = jnp.repeat(groups, size, -1)
+  gain = scale * jax.lax.rsqrt(square - jnp.square(mean) + eps)
+  spread = lambda v: jnp.expand_dims(v, axes)
+  return (wide * spread(gain) + spread(bias - mean * gain)).astype(x.dtype)
 
 
 class _Net(nn.Module):
