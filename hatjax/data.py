@@ -24,7 +24,7 @@ from hatjax import records as records_lib
 from hatjax import settings
 from hatjax import video as video_lib
 
-FRAMES = ('random', 'even', 'window')
+FRAMES = ('random', 'even', 'blend', 'window')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
 
 
@@ -73,6 +73,10 @@ class Batches:
   def _pick(self, position, rng):
     """The neutral frame and K others; see `make_batches`."""
     n, k = self.clips[position].num_frames, self.num_frames
+    if self.frames == 'blend':
+      at = np.linspace(0, n - 1, 1 + k, dtype=np.float32)
+      pair = np.stack([np.floor(at), np.ceil(at)]).astype(np.int32)
+      return {'clip': np.int32(position), 'frames': pair.ravel(), 'at': at}
     if self.frames == 'even':
       later = np.linspace(0, n - 1, 1 + k)[1:].round()
     elif self.frames == 'window':
@@ -88,11 +92,13 @@ class Batches:
 
   def _describe(self, pick):
     clip = self.clips[pick['clip']]
-    return {
-      'time': (pick['frames'] / (clip.num_frames - 1)).astype(np.float32),
+    at = pick.get('at', pick['frames'])
+    known = {
+      'time': (at / (clip.num_frames - 1)).astype(np.float32),
       'label': np.int32(clip.label),
       'subject': np.int32(clip.subject),
     }
+    return known | ({'at': at} if 'at' in pick else {})
 
   @functools.cached_property
   def _cached_frame(self):
@@ -176,6 +182,8 @@ class Batches:
       batch = dict(batch)
       frames = batch.pop('frames')
       batch |= {key: value[frames] for key, value in resident.items()}
+    if 'at' in batch:
+      batch = _blend_pairs(batch)
     pixels = jnp.concatenate([batch['video'], batch['lip_mask']], -1)
     keys = jax.random.split(rng, pixels.shape[0])
     pixels = jax.vmap(self._crop_and_flip)(pixels, keys)
@@ -252,6 +260,19 @@ class Batches:
       yield {**known, 'subject': clip.subject_name, 'video': video}
 
 
+def _blend_pairs(batch):
+  """Frames between two, by their places `at` [B, T]: of [B, 2 T, H, W, C] the
+  first T come before them, the others after. Masks are the nearer one's."""
+  batch = dict(batch)
+  share = batch.pop('at') % 1
+  share = share[..., None, None, None]
+  before, after = jnp.split(batch['video'].astype(jnp.float32), 2, 1)
+  mixed = jnp.rint(before + share * (after - before))
+  masks = jnp.split(batch['lip_mask'], 2, 1)
+  mask = jnp.where(share < 0.5, *masks)
+  return batch | {'video': mixed.astype(jnp.uint8), 'lip_mask': mask}
+
+
 def example_batch(image_size, batch_size, num_frames):
   """A batch of zeros in the shapes that a method's step reads."""
   shape = (batch_size, 1 + num_frames, image_size, image_size)
@@ -279,8 +300,9 @@ def make_batches(
     batch_size: clips per step, over all devices.
     num_frames: K frames per clip besides the neutral one.
     frames: 'random' draws these anew for every step; 'even' spreads them over
-      the whole clip, in the order of time, the last one among them; 'window'
-      over any part of K frames or more, the neutral one perhaps among them.
+      the whole clip, in the order of time, the last one among them (the
+      nearest there is; 'blend' mixes the two that are nearest); 'window' over
+      any part of K frames or more, the neutral one perhaps among them.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for

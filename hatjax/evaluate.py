@@ -117,6 +117,7 @@ def evaluate(
     'split': split, 'records': block['name'], 'image_size': batches.image_size,
     'protocols': list(protocols), 'strengths': list(strengths),
     'num_sample_steps': num_sample_steps, 'num_clips': num_clips,
+    'notes': dict(getattr(run.method, 'notes', {})),
   } | _describe(run)
   return _finish(result, settings, scorer, parts, len(subjects), skipped)
 

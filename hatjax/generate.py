@@ -237,7 +237,8 @@ def _video_crops(path, run, mode):
       if mode == 'none' or run.crop == 'none':
         _say(f'note: whole frames are squeezed to {size}x{size} pixels.')
       else:
-        box = _face_box(frame, f'the first frame of {path}')
+        face = _face(frame, f'the first frame of {path}')
+        box = faces.square_crop_box(face, frame.shape)
     if box is not None:
       frame = faces.crop(frame, box, size)
     yield video.resize(frame, size)
@@ -328,7 +329,7 @@ def _crops(paths, run, mode):
   crops = []
   for path in paths:
     try:
-      crops.append(_crop(path, run.image_size, whole))
+      crops.append(_crop(path, run.image_size, whole, run.background))
     except ValueError as error:
       if len(paths) == 1:
         raise
@@ -341,21 +342,26 @@ def _crops(paths, run, mode):
   return crops
 
 
-def _crop(path, size, whole):
-  image = video.read_image(path)
+def _crop(path, size, whole, background='keep'):
+  image, box = video.read_image(path), None
+  if not whole or background == 'black':
+    face = _face(image, path)
+    box = faces.square_crop_box(face, image.shape)
+    if background == 'black':
+      image = faces.blacken_background(image, face)
   if whole:
     return video.resize(image, size)
-  return faces.crop(image, _face_box(image, path), size)
+  return faces.crop(image, box, size)
 
 
-def _face_box(image, path):
+def _face(image, path):
   face = faces.detect_face(image)
   if face is None:
     raise ValueError(
       f'no face found in {path}. Crop the photo to the face yourself, or pass '
       '--crop none to use the whole picture.'
     )
-  return faces.square_crop_box(face, image.shape)
+  return face
 
 
 def _animate(make, crops, jobs, batch_size, sweep, seconds):

@@ -137,6 +137,9 @@ def notes(result):
     f'{n["clips"]} clips{people}{step}; {n["skipped"]} skipped. SSIM: '
     f'{settings["ssim"]} window.'
   )
+  if settings.get('notes'):
+    said = [f'{name} {value}' for name, value in settings['notes'].items()]
+    found.append(f'{", ".join(said)}.')
   for use, extractor in settings['extractors'].items():
     checksum = extractor.get('checksum', '')
     found.append(
