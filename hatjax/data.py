@@ -24,7 +24,7 @@ from hatjax import records as records_lib
 from hatjax import settings
 from hatjax import video as video_lib
 
-FRAMES = ('random', 'even', 'window')
+FRAMES = ('random', 'even', 'window', 'any')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
 
 
@@ -73,6 +73,9 @@ class Batches:
   def _pick(self, position, rng):
     """The neutral frame and K others; see `make_batches`."""
     n, k = self.clips[position].num_frames, self.num_frames
+    if self.frames == 'any':
+      frames = rng.integers(0, n, 1 + k).astype(np.int32)
+      return {'clip': np.int32(position), 'frames': frames}
     if self.frames == 'even':
       later = np.linspace(0, n - 1, 1 + k)[1:].round()
     elif self.frames == 'window':
@@ -270,7 +273,8 @@ def make_batches(
     num_frames: K frames per clip besides the neutral one.
     frames: 'random' draws these anew for every step; 'even' spreads them over
       the whole clip, in the order of time, the last one among them; 'window'
-      over any part of K frames or more, the neutral one perhaps among them.
+      over any part of K frames or more, the neutral one perhaps among them;
+      'any' draws 1 + K frames, none of which need be the neutral one.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for

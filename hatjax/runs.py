@@ -216,6 +216,11 @@ class Run:
     images = np.asarray(images)
     images = images[None] if images.ndim == 3 else images
     self._check_frames('images', images)
+    if 'driving' in self.stages[0].method.reads:
+      raise ValueError(
+        f"{self.stages[0].name} reads 'driving', which a face alone lacks. "
+        'Pass --driving clip.mp4 (in Python: hatjax.driving.drive).'
+      )
     if 'draft' in self.stages[0].method.reads:
       raise ValueError(
         f'This run has no stage before {self.stages[0].name}: it refines '

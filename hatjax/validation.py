@@ -48,7 +48,8 @@ def imitate(method, state, batch, rng, alpha='profile'):
     inputs['alpha'] = jax.vmap(at)(time, fine)
   length = time.shape[1]
   fake = method.animate(state, inputs, rng, length)
-  if not {'alpha', 'draft'} & inputs.keys():  # T frames for times 0..1.
+  # T frames for times 0..1, unless each was asked for.
+  if not {'alpha', 'draft', 'driving'} & inputs.keys():
     nearest = jnp.round(time * (length - 1)).astype(jnp.int32)
     nearest = jnp.clip(nearest, 0, length - 1)[..., None, None, None]
     fake = jnp.take_along_axis(fake, nearest, 1)

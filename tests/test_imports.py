@@ -12,7 +12,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = 'train generate evaluate benchmark prepare convert app'.split()
 FLOORS = (
   dict.fromkeys(COMMANDS, 4) | {'runs': 3}
-  | dict.fromkeys(('methods', 'data', 'parallel', 'workdir', 'validation'), 2)
+  | dict.fromkeys(
+    ('methods', 'data', 'parallel', 'workdir', 'validation', 'driving'), 2
+  )
   | dict.fromkeys(('nets', 'state'), 1)
 )
 SIDEWAYS = {

@@ -135,7 +135,10 @@ def test_training_on_one_batch_lowers_the_reconstruction(trained):
 
 def test_animate_has_shape_and_range_and_repeats(trained):
   method, state, batch = (trained[k] for k in ('method', 'state', 'batch'))
-  inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
+  inputs = {
+    'image': batch['video'][:, 0], 'label': batch['label'],
+    'driving': batch['video'],
+  }
   inputs = {k: v for k, v in inputs.items() if k in method.reads}
   animate = jax.jit(method.animate, static_argnums=3)
   a = animate(state, inputs, jax.random.key(3), 4)

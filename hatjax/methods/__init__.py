@@ -8,10 +8,11 @@ from typing import Protocol
 import jax
 
 from hatjax import optim
-from hatjax.methods import hat_cgan, video_diffusion
+from hatjax.methods import hat_cgan, motion_transfer, video_diffusion
 
 METHODS = {
   'hat_cgan': hat_cgan.HatCGAN,
+  'motion_transfer': motion_transfer.MotionTransfer,
   'video_diffusion': video_diffusion.VideoDiffusion,
 }
 

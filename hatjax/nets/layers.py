@@ -57,35 +57,37 @@ def _convolve(x, kernel, strides, padding, lhs_dilation=None):
   )
 
 
-def _pad_kernel_to_4(kernel):
-  """k3 s2 p1 is k4 s2 p1 whose last tap is zero (even sizes)."""
+def _pad_kernel_to_even(kernel):
+  """k3 s2 p1 is k4 s2 p1 whose last tap is zero (even sizes); k7 is k8."""
   nd = kernel.ndim - 2
-  pads = [(0, 4 - k) for k in kernel.shape[:nd]]
+  pads = [(0, k % 2) for k in kernel.shape[:nd]]
   return jnp.pad(kernel, [*pads, (0, 0), (0, 0)])
 
 
 def downsample_conv(x, kernel):
-  """Convolution with kernel 3 or 4, stride 2, padding 1; even sizes.
+  """Convolution with stride 2; even sizes.
 
   Args:
     x: [N, *spatial, C].
-    kernel: [k, ..., C, O], k = 3 or 4.
+    kernel: [k, ..., C, O], k = 3 or 4 (padding 1) or 7 (padding 3).
 
   Returns:
     [N, *spatial / 2, O].
   """
   nd = kernel.ndim - 2
+  pads = [((kernel.shape[0] - 1) // 2,) * 2] * nd
   if not _rewrite():
-    return _convolve(x, kernel, (2,) * nd, [(1, 1)] * nd)
-  kernel = _pad_kernel_to_4(kernel)
-  if max(x.shape[1:-1]) <= 2 * SMALL:
+    return _convolve(x, kernel, (2,) * nd, pads)
+  kernel = _pad_kernel_to_even(kernel)
+  if max(x.shape[1:-1]) <= 2 * SMALL and kernel.shape[0] == 4:
     return _downsample_small(x, kernel)
   # Zero-pad, move each 2x..x2 cell into channels, then a 2x..x2 convolution.
   channels, features = kernel.shape[-2:]
-  x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
+  cells = (kernel.shape[0] // 2,) * nd
+  x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
   return _convolve(
     _cells_to_channels(x, nd),
-    _split_axes(kernel, nd).reshape(*(2,) * nd, 2**nd * channels, features),
+    _split_axes(kernel, nd).reshape(*cells, 2**nd * channels, features),
     (1,) * nd,
     'VALID',
   )
@@ -141,7 +143,8 @@ def _cells_to_channels(x, nd):
 
 def _split_axes(kernel, nd):
   """[4, .., I, O] -> [2, .., 2, .., I, O]: which cell, which place in it."""
-  kernel = kernel.reshape(*(2, 2) * nd, *kernel.shape[-2:])
+  cells = kernel.shape[0] // 2
+  kernel = kernel.reshape(*(cells, 2) * nd, *kernel.shape[-2:])
   order = [*range(0, 2 * nd, 2), *range(1, 2 * nd, 2), 2 * nd, 2 * nd + 1]
   return kernel.transpose(order)
 
@@ -160,7 +163,7 @@ def upsample_conv(x, kernel):
     [N, 2 * spatial, O].
   """
   nd = kernel.ndim - 2
-  kernel = _pad_kernel_to_4(kernel)
+  kernel = _pad_kernel_to_even(kernel)
   if not _rewrite():
     flipped = jnp.flip(kernel, range(nd))
     return _convolve(
@@ -191,6 +194,26 @@ def upsample_conv(x, kernel):
   return _interleave(jnp.stack(parts, axis=-2), nd)
 
 
+def nearest_conv(x, kernel):
+  """Doubles by repeating pixels, then convolves with kernel 3, padding 1.
+
+  The repeated pixels are never made: taps that meet the same input add up,
+  which leaves 4 / 9 of the products of each spatial pair.
+
+  Args:
+    x: [N, *spatial, C].
+    kernel: [3, ..., C, O].
+
+  Returns:
+    [N, 2 * spatial, O].
+  """
+  # Row k: which taps a transposed convolution's tap k is the sum of.
+  merged = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], x.dtype)
+  for axis in range(kernel.ndim - 2):
+    kernel = jnp.moveaxis(jnp.tensordot(merged, kernel, (1, axis)), 0, axis)
+  return upsample_conv(x, kernel)
+
+
 def _interleave(x, nd):
   """[N, *spatial, 2**nd, C] -> [N, 2 * spatial, C]."""
   n, *spatial, _, channels = x.shape
@@ -213,7 +236,9 @@ class Conv(nn.Module):
   Attributes:
     features: output channels.
     kernel: side of the kernel.
-    stride: 1, 2 (kernel 3 or 4, padding 1), or -2 (transposed).
+    stride: 1, 2 (kernel 3 or 4, padding 1, or 7, padding 3), or -2
+      (transposed).
+    nearest: stride -2 repeats pixels, then convolves (kernel 3).
     pad: zero padding on each side, for stride 1.
     reflect: pad by reflection instead of zeros, for stride 1.
     nd: number of spatial axes.
@@ -223,22 +248,25 @@ class Conv(nn.Module):
   features: int
   kernel: int = 3
   stride: int = 1
+  nearest: bool = False
   pad: int = 1
   reflect: bool = False
   nd: int = 2
   kernel_init: nn.initializers.Initializer = normal_init()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     shape = (self.kernel,) * self.nd + (x.shape[-1], self.features)
     kernel = self.param('kernel', self.kernel_init, shape)
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    bias = self.param('bias', self.bias_init, (self.features,))
     x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
     if self.stride == 2:
       return downsample_conv(x, kernel) + bias
     if self.stride == -2:
-      return upsample_conv(x, kernel) + bias
+      up = nearest_conv if self.nearest else upsample_conv
+      return up(x, kernel) + bias
     padding = [(self.pad, self.pad)] * self.nd
     if self.reflect:
       x = jnp.pad(x, [(0, 0), *padding, (0, 0)], mode='reflect')
