@@ -4,10 +4,10 @@
 
 Every clip is made anew from its first frame and label, then compared with the
 real one, frame by frame. Beside it stand two rows that need no model: `copy`
-repeats the first frame, `blend` fades from the first real frame to the last.
+repeats the first frame, `blend` fades from the first real frame to the last;
+and `temporal mean`, every frame of the draft averaged with its neighbours.
 """
 
-import itertools
 import json
 import pathlib
 import sys
@@ -48,8 +48,9 @@ def evaluate(
     right), psnr_last and ssim_last those of the last; flicker is the mean
     absolute second difference in time (levels of 0..255) and flicker_error
     its distance to the real clip's; sharpness is the gradient energy over the
-    real frames'. `alpha` holds the Spearman correlation, of each clip, of the
-    inferred with the true intensity, or with time where that is unknown.
+    real frames', sharpness_of_draft over the draft's. `alpha` holds the
+    Spearman correlation, of each clip, of the inferred with the true
+    intensity, or with time where that is unknown.
 
   Raises:
     ValueError: unknown split or protocol; a run that cannot refine.
@@ -69,7 +70,11 @@ def evaluate(
     raise ValueError(
       'protocol oracle: this run infers no intensity. Use profile.'
     )
-  variants = list(itertools.product(protocols, strengths or (None,)))
+  cascade = len(run.stages) > 1
+  if strengths and not cascade:
+    raise ValueError(
+      '--refine: this run has no stage that refines. Leave it out.'
+    )
   clips, orders, subjects = {}, [], set()
   count = min(num_clips or len(batches.clips), len(batches.clips))
   found = batches.whole_clips(num_clips or None)
@@ -77,20 +82,34 @@ def evaluate(
     real, subject = clip['video'], clip['subject']
     subjects.add(subject)
     alpha = infer and infer(real, clip['label'])
-    made = _baselines(real)
-    for protocol, strength in variants:
-      name = ' '.join(
-        [protocol, *([] if strength is None else [f'refine {strength:g}'])]
-      )
-      made[name] = run.animate(
+    made, drafts = _baselines(real), {}
+
+    def make(protocol, strength, real=real, alpha=alpha, clip=clip):
+      return run.animate(
         real[0], run.config['info']['labels'][clip['label']],
         num_frames=len(real),
         sweep='linear' if protocol == 'linear' else 'profile',
         alpha=alpha[None] if protocol == 'oracle' else None, seed=seed,
-        refine=strength, num_sample_steps=num_sample_steps,
+        refine=strength,
+        num_sample_steps=None if strength == 0 else num_sample_steps,
       )[0]
+
+    for protocol in protocols:
+      draft = make(protocol, 0 if cascade else None)
+      made[f'{protocol} temporal mean'] = temporal_mean(draft)
+      for strength in strengths or (None,):
+        name = ' '.join(
+          [protocol, *([] if strength is None else [f'refine {strength:g}'])]
+        )
+        is_draft = strength == 0 or not cascade
+        made[name] = draft if is_draft else make(protocol, strength)
+        if cascade:
+          drafts[name] = draft
     for name, fake in made.items():
-      for score, value in _scores(fake, real, name == 'blend', ssim).items():
+      scores = _scores(fake, real, name == 'blend', ssim)
+      if name in drafts:
+        scores['sharpness_of_draft'] = _sharpness(fake, drafts[name])
+      for score, value in scores.items():
         clips.setdefault(name, {}).setdefault(score, []).append(value)
     if alpha is not None and len(real) > 3:
       true = batches.records.alphas(batches.records.clips[clip['id']])
@@ -153,9 +172,28 @@ def _scores(fake, real, has_last, ssim):
   if len(real) > 2:
     ours, theirs = (127.5 * metrics.flicker(x[None])[0] for x in (a, b))
     scores |= {'flicker': ours, 'flicker_error': abs(ours - theirs)}
-  ours, theirs = (metrics.gradient_energy(x[None, 1:])[0] for x in (a, b))
-  scores['sharpness'] = ours / theirs
+  scores['sharpness'] = _sharpness(fake, real)
   return {name: float(value) for name, value in scores.items()}
+
+
+def _sharpness(fake, other):
+  """Gradient energy over that of another clip; the first frames left out."""
+  ours, theirs = (
+    metrics.gradient_energy(video.to_float(x[None, 1:]))[0]
+    for x in (fake, other)
+  )
+  return float(ours / theirs)
+
+
+def temporal_mean(frames):
+  """Each frame averaged with its two neighbours, uint8 [T, H, W, 3].
+
+  The first and the last count twice, having one. A clip's plainest smoothing:
+  what a refining stage must beat.
+  """
+  padded = np.pad(frames, ((1, 1), (0, 0), (0, 0), (0, 0)), mode='edge')
+  mean = (padded[:-2].astype(np.float32) + padded[1:-1] + padded[2:]) / 3
+  return np.rint(mean).astype(np.uint8)
 
 
 def spearman(a, b):
@@ -184,6 +222,7 @@ def table(result):
   columns = {
     'psnr': '.2f', 'ssim': '.4f', 'psnr_last': '.2f', 'ssim_last': '.4f',
     'flicker': '.2f', 'flicker_error': '.2f', 'sharpness': '.2f',
+    'sharpness_of_draft': '.2f',
   }
   lines = [
     '| | ' + ' | '.join(columns) + ' |', '|---' * (1 + len(columns)) + '|'

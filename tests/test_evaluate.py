@@ -67,6 +67,13 @@ def test_spearman_is_that_of_scipy():
   assert np.isnan(evaluate.spearman(np.ones(4), np.arange(4)))
 
 
+def test_temporal_mean_by_hand():
+  frames = np.array([0, 30, 60, 90], np.uint8)[:, None, None, None]
+  np.testing.assert_array_equal(
+    evaluate.temporal_mean(frames).ravel(), [10, 30, 60, 80]
+  )
+
+
 class Fading:
   """Stands in for a run: goes from the face to white, as alpha says."""
 
@@ -122,10 +129,15 @@ def test_rows_by_hand(toy_records):
     a = np.linspace(0, 1, len(real))[:, None, None, None]
     return np.rint((1 - a) * real[0] + a * real[-1])
 
+  def smooth(x):
+    x = np.concatenate([x[:1], x, x[-1:]])
+    return np.rint((x[:-2] + x[1:-1] + x[2:]) / 3)
+
   for name, make, frames in (
     ('profile', fade(3), 'all'), ('linear', fade(1), 'all'),
     ('oracle', fade(2), 'all'), ('blend', blend, 'inner'),
     ('copy', lambda real: real[:1].repeat(len(real), 0), 'all'),
+    ('linear temporal mean', lambda real: smooth(fade(1)(real)), 'all'),
   ):
     row = found['rows'][name]['psnr']
     np.testing.assert_allclose(row['mean'], psnr(make, frames), atol=1e-3)
@@ -133,6 +145,27 @@ def test_rows_by_hand(toy_records):
   # No clip of these tells its alpha: it is compared with time.
   np.testing.assert_allclose(found['clips']['alpha']['spearman'], 1.0)
   assert '| copy |' in evaluate.table(found)
+
+
+def test_refinements_are_compared_with_their_draft(toy_records):
+  class Halving(Fading):
+    """Two stages: the second halves the contrast, by its strength."""
+
+    def animate(self, image, label, *, refine, **others):
+      draft = super().animate(image, label, refine=None, **others)
+      mean = draft.mean((2, 3), keepdims=True)
+      soft = mean + (draft - mean) * (1 - refine / 2)
+      return draft if refine == 0 else np.rint(soft).astype(np.uint8)
+
+  run = Halving('frame_folders/none-16')
+  run.stages = (*run.stages, run.stages[0])
+  rows = evaluate.evaluate(
+    run, 'everything', ('linear',), (0.0, 1.0), directory=toy_records
+  )['rows']
+  get = lambda name: rows[name]['sharpness_of_draft']['mean']
+  assert get('linear refine 0') == 1
+  np.testing.assert_allclose(get('linear refine 1'), 0.25, atol=0.01)
+  assert 'sharpness_of_draft' not in rows['linear temporal mean']
 
 
 def test_wrong_settings(toy_records):
