@@ -8,10 +8,18 @@ from typing import Protocol
 import jax
 
 from hatjax import optim
-from hatjax.methods import hat_cgan, motion_transfer, video_diffusion
+from hatjax.methods import (
+  fev_gan,
+  hat_cgan,
+  identity_encoder,
+  motion_transfer,
+  video_diffusion,
+)
 
 METHODS = {
+  'fev_gan': fev_gan.FEVGAN,
   'hat_cgan': hat_cgan.HatCGAN,
+  'identity_encoder': identity_encoder.IdentityEncoder,
   'motion_transfer': motion_transfer.MotionTransfer,
   'video_diffusion': video_diffusion.VideoDiffusion,
 }
