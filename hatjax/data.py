@@ -157,9 +157,9 @@ class Batches:
       return {}
     videos, masks = [], []
     for clip in self.clips:
-      video, mask = self.records.read(clip, range(clip.num_frames))
-      videos += [self._fit(frame) for frame in video]
-      masks += [self._fit(m) for m in mask]
+      for frame, mask in self.records.frames(clip, range(clip.num_frames)):
+        videos.append(self._fit(frame))
+        masks.append(self._fit(mask))
     return {'video': np.stack(videos), 'lip_mask': np.stack(masks)}
 
   def prepare(self, batch, resident, rng):
@@ -239,8 +239,8 @@ class Batches:
     order = np.random.default_rng(0).permutation(len(self.clips))
     for index in sorted(order[: limit or None]):
       clip = self.clips[index]
-      video, _ = self.records.read(clip, range(clip.num_frames))
-      video = np.stack([self._fit(f, self.image_size) for f in video])
+      frames = self.records.frames(clip, range(clip.num_frames))
+      video = np.stack([self._fit(f, self.image_size) for f, _ in frames])
       known = {'id': clip.id, 'label': clip.label}
       yield {**known, 'subject': clip.subject_name, 'video': video}
 

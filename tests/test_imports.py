@@ -19,6 +19,8 @@ FLOORS = (
 )
 SIDEWAYS = {
   ('faces', 'video'), ('nets', 'nets'), ('methods', 'methods'),
+  ('clips', 'video'),
+  ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
   ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'video'),
   ('train', 'prepare'),  # makes the synthetic faces on first use
 }
@@ -69,7 +71,7 @@ def test_methods_do_not_import_one_another():
 
 
 def test_datasets_and_configs_import_little():
-  floor_0 = {'faces', 'video', 'synthetic_faces'}
+  floor_0 = {'faces', 'video', 'synthetic_faces', 'clips'}
   for path in (ROOT / 'datasets').glob('*.py'):
     assert {name[0] for name in imported(path)} <= floor_0
   allowed = {'ml_collections', 'configs', 'importlib', 'pathlib'}
