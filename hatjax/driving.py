@@ -243,8 +243,14 @@ def drive(
       if scale is None:
         scale = face_scale(driver.source, first) if adapt_scale else 1.0
       found = relative(driver.source, found, first, scale)
-    for real, fake in zip(batch, driver.render(found)):
-      yield np.concatenate([image, real, fake], 1) if beside else fake
+    made = driver.render(found)
+    if hasattr(run, 'sharpen'):
+      made = run.sharpen(made)
+    for real, fake in zip(batch, made):
+      if beside:
+        shown = (video.resize(x, len(fake)) for x in (image, real))
+        fake = np.concatenate([*shown, fake], 1)
+      yield fake
 
 
 def tracked(path, size):

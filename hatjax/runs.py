@@ -22,6 +22,7 @@ from hatjax import (
   parallel,
   records,
   settings,
+  sharpening,
   video,
   workdir,
 )
@@ -126,15 +127,17 @@ def check_cascade(named):
   for (before, drafter), (name, method) in zip([('', None), *named], named):
     if drafter is None and getattr(method, 'needs_draft', False):
       raise ValueError(
-        f"config.{name}.model.mode is 'paired': it learns from the drafts of a "
-        'stage before it, and there is none. Train both '
+        f'config.{name}.model.mode is {method.mode!r}: it learns from the '
+        'drafts of a stage before it, and there is none. Train both '
         '(--config <file>:hat_cgan_diff), name a trained run '
-        "(--config.init_from.hat_cgan=<workdir>), or set mode to 'noise'."
+        '(--config.init_from.hat_cgan=<workdir>), or set mode to '
+        f"{'degraded' if method.mode == 'drafts' else 'noise'!r}."
       )
-    if drafter and drafter.image_size != method.image_size:
+    wanted = getattr(method, 'input_size', method.image_size)
+    if drafter and drafter.image_size != wanted:
       raise ValueError(
         f'{before} makes videos of side {drafter.image_size}, {name} refines '
-        f'{method.image_size}. Set config.{name}.data.image_size (and '
+        f'{wanted}. Set config.{name}.data.image_size (and '
         'model.image_size) to the same.'
       )
 
@@ -157,7 +160,11 @@ def load(folder, step=None):
   *first, last = config['stages']
   stages = load_earlier(config)
   stages += [_load_stage(folder, config, name) for name in first]
-  return Run(config, [*stages, _load_stage(folder, config, last, step)])
+  stages.append(_load_stage(folder, config, last, step))
+  if not hasattr(stages[-1].method, 'sharpen'):
+    return Run(config, stages)
+  run = Run(config, stages[:-1]) if stages[:-1] else None
+  return sharpening.Sharpened(run, stages[-1], config)
 
 
 class Run:

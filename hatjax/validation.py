@@ -58,6 +58,10 @@ def imitate(method, state, batch, rng, alpha='profile'):
 
 def make_draft(method, state, batch, rng, alpha):
   """What `imitate` makes, as the next stage gets it: in steps of 1 / 255."""
+  size = method.image_size
+  if batch['video'].shape[2] != size:  # the next stage enlarges
+    shape = (*batch['video'].shape[:2], size, size, 3)
+    batch = {**batch, 'video': jax.image.resize(batch['video'], shape, 'cubic')}
   draft = imitate(method, state, batch, rng, alpha)
   return jax.lax.stop_gradient(video.to_float(video.to_uint8(draft)))
 
@@ -101,8 +105,8 @@ def make_scorer(method, previous=None):
   Args:
     method: see `hatjax.methods`.
     previous: (name, method, state) of the stage that makes the drafts of a
-      method that reads them; without one it gets the real clips, and its
-      scores say what refining costs them.
+      method that reads them; without one it gets the real clips (which it may
+      `degrade` first), and its scores say what refining costs them.
 
   Returns:
     (state, clip uint8 [T, H, W, 3], n, label) -> dict of per-frame PSNR in dB
@@ -121,12 +125,17 @@ def make_scorer(method, previous=None):
     }
     rng, out = jax.random.key(0), {}
     psnr = lambda x: metrics.psnr(x[0], real[0])
+    draft = None
     if 'draft' in method.reads:
       batch['draft'] = real
-    if previous is not None and 'draft' in batch:
-      draft = make_draft(previous.method, frozen, batch, rng, 'profile')
+      if previous is not None:
+        draft = make_draft(previous.method, frozen, batch, rng, 'profile')
+      elif hasattr(method, 'degrade'):
+        draft = method.degrade(real, rng)
+    if draft is not None:
       batch['draft'] = draft
-      out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}
+      if draft.shape == real.shape:
+        out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}
     fake = imitate(method, state, batch, rng)
     out |= {
       'psnr_generated': psnr(fake), 'psnr': psnr(fake),

@@ -13,7 +13,10 @@ COMMANDS = 'train generate evaluate benchmark prepare convert app'.split()
 FLOORS = (
   dict.fromkeys(COMMANDS, 4) | {'runs': 3}
   | dict.fromkeys(
-    ('methods', 'data', 'parallel', 'workdir', 'validation', 'driving'), 2
+    (
+      'methods', 'data', 'parallel', 'workdir', 'validation', 'driving',
+      'sharpening',
+    ), 2
   )
   | dict.fromkeys(('nets', 'state'), 1)
 )

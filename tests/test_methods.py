@@ -242,7 +242,7 @@ def still(stage, batch_size, **changes):
 
 
 def assert_same_gradients(a, b):
-  """Of every net, to 1e-5 of its largest one; a bias that a norm cancels is
+  """Of every net, to 5e-5 of its largest one; a bias that a norm cancels is
   rounding noise, far below that."""
   for net in a.opt_state:
     x, y = (
@@ -251,7 +251,7 @@ def assert_same_gradients(a, b):
     )
     size = np.abs(x).max()
     assert size > 1e-5, net
-    np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * size, err_msg=net)
+    np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * size, err_msg=net)
 
 
 @pytest.mark.parametrize('changes', (

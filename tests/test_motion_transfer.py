@@ -283,7 +283,9 @@ def test_pyramid_by_hand():
 
 
 def test_equivariance_is_nothing_for_a_detector_that_moves_with_the_frame():
-  method = make(lambda_equivariance=2.0, lambda_equivariance_jacobian=3.0)
+  method = make(
+    jacobian=True, lambda_equivariance=2.0, lambda_equivariance_jacobian=3.0
+  )
   plate = warp.random_thin_plate(jax.random.key(0), 2, 0.1, 0.05)
   looked = random_points(3)
   # A perfect detector: y = T(x) for the values, J = dT J' for the Jacobians.
@@ -399,7 +401,7 @@ def test_variants_step(changes):
 def test_loss_is_the_weighted_sum_of_its_terms():
   method = make(
     lambda_perceptual=2.0, lambda_l1=3.0, lambda_gan=5.0, lambda_features=7.0,
-    lambda_equivariance=11.0, lambda_equivariance_jacobian=13.0,
+    lambda_equivariance=11.0, lambda_equivariance_jacobian=13.0, jacobian=True,
   )
   batch = toy_batch()
   state = method.init(jax.random.key(0), batch)

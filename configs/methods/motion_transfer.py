@@ -102,8 +102,9 @@ def _model(preset, image_size):
     model |= dict(blend=False)
   if preset == 'tiny':
     model |= dict(
-      num_keypoints=3, keypoint_width=4, keypoint_blocks=2, motion_width=4,
-      motion_blocks=2, width=4, num_down=1, num_residual=1, norm='group',
+      num_keypoints=3, jacobian=False, keypoint_width=4,
+      keypoint_blocks=2, motion_width=4, motion_blocks=2, width=4,
+      num_down=1, num_residual=1, norm='group',
       discriminator_width=4, discriminator_blocks=2, perceptual_scales=2,
       lambda_gan=1.0,
     )

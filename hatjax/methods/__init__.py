@@ -13,6 +13,7 @@ from hatjax.methods import (
   hat_cgan,
   identity_encoder,
   motion_transfer,
+  super_resolution,
   video_diffusion,
 )
 
@@ -21,6 +22,7 @@ METHODS = {
   'hat_cgan': hat_cgan.HatCGAN,
   'identity_encoder': identity_encoder.IdentityEncoder,
   'motion_transfer': motion_transfer.MotionTransfer,
+  'super_resolution': super_resolution.SuperResolution,
   'video_diffusion': video_diffusion.VideoDiffusion,
 }
 
