@@ -29,4 +29,10 @@ def get_config(arg=''):
   for name in config.stages:
     if few:
       config[name].train.val_split = 'everything/late'
+      config[name].data.batch_size = 4
+    if few and name == 'motion_transfer' and config[name].data.image_size == 64:
+      # Motion is found at 32x32.
+      config[name].model.update(
+        keypoint_scale=2, motion_scale=2, keypoint_blocks=4, motion_blocks=4,
+      )
   return config

@@ -116,25 +116,28 @@ class Driver:
   Args:
     run: a loaded run whose first stage reads 'driving'; see `hatjax.load`.
     image: the face, uint8 [S, S, 3].
-    batch_size: frames per call.
+    batch_size: frames per call; 0 for 8, or 1 on a CPU, where a batch only
+      falls out of its caches.
 
   Raises:
     ValueError: a run that is not driven, an image of another size.
   """
 
-  def __init__(self, run, image, batch_size=4):
+  def __init__(self, run, image, batch_size=0):
     import jax
 
-    name, method, self._state = run.stages[0]
+    name, method, state = run.stages[0]
     if 'driving' not in method.reads:
       raise ValueError(
         f'This run is not driven by a clip: {name} reads '
         f'{", ".join(method.reads)}. Leave --driving out, or train one: '
         '--config configs/voxceleb.py'
       )
-    self.size, self.batch_size = method.image_size, batch_size
-    image = self._check(image)
-    to_float = lambda x: video.to_float(x)
+    on_cpu = jax.default_backend() == 'cpu'
+    self.size = method.image_size
+    self.batch_size = batch_size or (1 if on_cpu else 8)
+    image, to_float = self._check(image), video.to_float
+    self._state = jax.jit(method.quicken)(state) if on_cpu else state
     self._find = jax.jit(
       lambda state, frames: method.keypoints(state, to_float(frames))
     )
@@ -204,7 +207,7 @@ def best_frame(driver, frames):
 
 def drive(
   run, image, frames, *, motion='relative', adapt_scale=True, first=None,
-  smooth=0.0, fps=25.0, batch_size=4, beside=False, driver=None,
+  smooth=0.0, fps=25.0, batch_size=0, beside=False, driver=None,
 ):
   """Yields a frame uint8 [S, S, 3] for every driving frame.
 
@@ -219,7 +222,7 @@ def drive(
       start; default: the clip's first.
     smooth: strength of the smoothing against jitter; see `Smoother`.
     fps: of the clip, for the smoothing.
-    batch_size: frames made at once.
+    batch_size: see `Driver`.
     beside: yield [S, 3 S, 3]: the face, the driving frame, the result.
     driver: a Driver of the run and image to use again.
 
@@ -306,6 +309,7 @@ def write(run, image, path, args, crops):
   """
   if not 0 <= args.smooth < 1:
     raise ValueError(f'--smooth is {args.smooth}. Give 0, or up to below 1.')
+  video.check_writable(path)
   fps = video.read_fps(args.driving) if args.fps is None else args.fps
   driver, first = Driver(run, image, args.batch_size), None
   if args.best_start and args.motion == 'relative':

@@ -106,7 +106,8 @@ def _parser():
       help='intensity at the end; 1 is a full expression, the default')
   add('--boomerang', action='store_true', help='play forth, then back')
   add('--seed', type=int, default=0)
-  add('--batch_size', type=_count, default=8, help='videos made at once')
+  add('--batch_size', type=_count, default=0,
+      help='videos (with --driving: frames) made at once; default: 8, or 1 frame')
   add('--strip', action='store_true',
       help='beside every video, a PNG with eight of its frames in a row')
   driving.add_options(parser)
@@ -183,7 +184,7 @@ def _generate(args):
     (i, label) for i in range(len(crops)) if crops[i] is not None
     for label in labels or (None,)
   ]
-  seconds = []
+  seconds, args.batch_size = [], args.batch_size or 8
   args.fps = 25.0 if args.fps is None else args.fps
   make = run.animate_noise if args.from_noise else run.animate
   clips = _animate(make, crops, jobs, args.batch_size, sweep, seconds)
@@ -235,8 +236,6 @@ def _refine_video(run, args):
 def _drive(run, args, paths):
   """Every image takes on the motion of a clip; its length does not matter."""
   outs = _outs(args.out or 'out/{image}_driven.mp4', _names(paths), ())
-  for out in outs:
-    video.check_writable(out[None])
   crops = lambda: _ahead(_video_crops(args.driving, run, args.crop))
   for crop, out in zip(_crops(paths, run, args.crop), outs):
     if crop is not None:

@@ -131,8 +131,9 @@ def test_thin_plate_without_noise_leaves_a_frame():
 # -- nets ---------------------------------------------------------------------
 
 
-def test_repeated_pixels_convolved_equal_the_merged_taps():
-  x = jax.random.normal(jax.random.key(0), (2, 6, 8, 3))
+@pytest.mark.parametrize('side', (6, 10))
+def test_repeated_pixels_convolved_equal_the_merged_taps(side):
+  x = jax.random.normal(jax.random.key(0), (2, side, 8, 3))
   kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
   wide = x.repeat(2, 1).repeat(2, 2)
   with layers.lowering('plain'):
@@ -150,6 +151,31 @@ def test_seven_wide_strided_convolution_is_the_same_rewritten():
     with layers.lowering(name):
       found.append(layers.downsample_conv(x, kernel))
   np.testing.assert_allclose(*found, atol=1e-4)
+
+
+def test_winograd_convolution_is_the_convolution():
+  x = jax.random.normal(jax.random.key(0), (2, 8, 12, 5))
+  kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
+  want = layers._convolve(x, kernel, (1, 1), [(1, 1)] * 2)
+  turned = layers.winograd_kernels({'a': {'kernel': kernel}}, 4)
+  got = jax.jit(layers.winograd_conv)(x, turned['a']['kernel'])
+  np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+  assert layers.winograd_kernels({'a': {'kernel': kernel}}, 5) == {}
+
+
+def test_a_quickened_state_makes_the_same_frames(monkeypatch):
+  monkeypatch.setattr(layers.winograd_kernels, '__defaults__', (8,))
+  method = make(size=64, width=8)
+  batch = toy_batch(64, 3, 1)
+  state = jax.jit(method.init)(jax.random.key(0), batch)
+  inputs = {'image': batch['video'][:, 0], 'driving': batch['video']}
+  quick = method.quicken(state)
+  kernels = jax.tree.leaves(quick.model_state['winograd'])
+  assert {k.shape[0] for k in kernels} == {36}
+  animate = jax.jit(method.animate, static_argnums=3)
+  a, b = (animate(s, inputs, None, 3) for s in (state, quick))
+  np.testing.assert_allclose(a, b, atol=1e-4)
+  assert not np.array_equal(a, b)
 
 
 def test_max_pool_by_hand():
