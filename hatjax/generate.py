@@ -107,7 +107,7 @@ def _parser():
   add('--boomerang', action='store_true', help='play forth, then back')
   add('--seed', type=int, default=0)
   add('--batch_size', type=_count, default=0,
-      help='videos (with --driving: frames) made at once; default: 8, or 1 frame')
+      help='videos (with --driving: frames) made at once; default: 8, 1 frame')
   add('--strip', action='store_true',
       help='beside every video, a PNG with eight of its frames in a row')
   driving.add_options(parser)
