@@ -272,6 +272,33 @@ def tracked(path, size):
     )
 
 
+def crops_of(path, run, mode, find):
+  """Yields the frames of a video as the run wants them, [S, S, 3].
+
+  Args:
+    path: of the video.
+    run: its size and how its data were cropped count.
+    mode: 'auto' crops to the face in the first frame, unless the frames have
+      the run's size; 'track' follows it; 'none' squeezes whole frames.
+    find: (image, its name) -> Viola-Jones box of its face.
+  """
+  size, box = run.image_size, None
+  if mode == 'track':
+    yield from tracked(path, size)
+    return
+  for t, frame in enumerate(video.iter_video(path)):
+    if t == 0 and frame.shape[:2] != (size, size):
+      if mode == 'none' or run.crop == 'none':
+        print(f'note: whole frames are squeezed to {size}x{size} pixels.',
+              file=sys.stderr)
+      else:
+        face = find(frame, f'the first frame of {path}')
+        box = faces.square_crop_box(face, frame.shape)
+    if box is not None:
+      frame = faces.crop(frame, box, size)
+    yield video.resize(frame, size)
+
+
 # -- the command's part -------------------------------------------------------
 
 

@@ -183,6 +183,30 @@ def mouth_box_mask(face_box, shape):
   return mask
 
 
+def blacken_background(image, face_box=None, points=None):
+  """The image, black outside of the face.
+
+  Args:
+    image: uint8 [H, W, 3].
+    face_box: what `detect_face` found; the face is taken for an ellipse
+      around it, from the hairline to the chin.
+    points: float [68, 2] where known: the face is their convex hull, as
+      OpenFace has it.
+  """
+  mask = np.zeros(image.shape[:2], np.uint8)
+  if points is not None:
+    hull = cv2.convexHull(np.asarray(points, np.float32))
+    cv2.fillConvexPoly(mask, np.round(hull * 16).astype(np.int32), 1, shift=4)
+  elif face_box is not None:
+    x0, y0, x1, y1 = face_box
+    centre = (round((x0 + x1) / 2), round(y0 + 0.55 * (y1 - y0)))
+    axes = (round(0.45 * (x1 - x0)), round(0.65 * (y1 - y0)))
+    cv2.ellipse(mask, centre, axes, 0, 0, 360, 1, cv2.FILLED)
+  else:
+    return image  # Points of a clip that this frame lacks.
+  return image * mask[..., None]
+
+
 def _prominence(face, shape):
   """Area, less the further the face is from the middle of the image."""
   x, y, w, h = face

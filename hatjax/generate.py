@@ -219,8 +219,8 @@ def _refine_video(run, args):
   video.check_writable(path)
   fps = video.read_fps(args.video) if args.fps is None else args.fps
   refined = run.refine(
-    _video_crops(args.video, run, args.crop), label, strength=args.refine,
-    num_sample_steps=args.num_sample_steps, seed=args.seed,
+    driving.crops_of(args.video, run, args.crop, _face), label,
+    strength=args.refine, num_sample_steps=args.num_sample_steps, seed=args.seed,
   )
   begin, count = time.perf_counter(), itertools.count()
   with (
@@ -236,28 +236,11 @@ def _refine_video(run, args):
 def _drive(run, args, paths):
   """Every image takes on the motion of a clip; its length does not matter."""
   outs = _outs(args.out or 'out/{image}_driven.mp4', _names(paths), ())
-  crops = lambda: _ahead(_video_crops(args.driving, run, args.crop))
+  crops = lambda: _ahead(driving.crops_of(args.driving, run, args.crop, _face))
   for crop, out in zip(_crops(paths, run, args.crop), outs):
     if crop is not None:
       driving.write(run, crop, out[None], args, crops)
   return 0
-
-
-def _video_crops(path, run, mode):
-  """Yields the frames of a video as the run wants them, [S, S, 3]."""
-  size, box = run.image_size, None
-  if mode == 'track':
-    yield from driving.tracked(path, size)
-    return
-  for t, frame in enumerate(video.iter_video(path)):
-    if t == 0 and frame.shape[:2] != (size, size):
-      if mode == 'none' or run.crop == 'none':
-        _say(f'note: whole frames are squeezed to {size}x{size} pixels.')
-      else:
-        box = _face_box(frame, f'the first frame of {path}')
-    if box is not None:
-      frame = faces.crop(frame, box, size)
-    yield video.resize(frame, size)
 
 
 def _sweep(args):
@@ -345,7 +328,7 @@ def _crops(paths, run, mode):
   crops = []
   for path in paths:
     try:
-      crops.append(_crop(path, run.image_size, whole))
+      crops.append(_crop(path, run.image_size, whole, run.background))
     except ValueError as error:
       if len(paths) == 1:
         raise
@@ -358,21 +341,26 @@ def _crops(paths, run, mode):
   return crops
 
 
-def _crop(path, size, whole):
-  image = video.read_image(path)
+def _crop(path, size, whole, background='keep'):
+  image, box = video.read_image(path), None
+  if not whole or background == 'black':
+    face = _face(image, path)
+    box = faces.square_crop_box(face, image.shape)
+    if background == 'black':
+      image = faces.blacken_background(image, face)
   if whole:
     return video.resize(image, size)
-  return faces.crop(image, _face_box(image, path), size)
+  return faces.crop(image, box, size)
 
 
-def _face_box(image, path):
+def _face(image, path):
   face = faces.detect_face(image)
   if face is None:
     raise ValueError(
       f'no face found in {path}. Crop the photo to the face yourself, or pass '
       '--crop none to use the whole picture.'
     )
-  return faces.square_crop_box(face, image.shape)
+  return face
 
 
 def _animate(make, crops, jobs, batch_size, sweep, seconds):

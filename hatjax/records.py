@@ -223,7 +223,9 @@ def _prepare_options(name):
       f'{builder} --image_size {size}{" --grey" if grey else ""} '
       f'--num_identities {people} --num_frames {frames} --seed {seed}'
     )
-  crop, size, half, *_ = (*options.split('-'), '', '')
+  crop, size, *more = (*options.split('-'), '')[: options.count('-') + 2]
   size = {'native': '0'}.get(size, size) or '<side>'
-  size += f' --half {half}' if half else ''
+  for word in filter(None, more):
+    flag = 'condition' if '_' in word else 'half'
+    size += f' --{"background" if word == "black" else flag} {word}'
   return f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'

@@ -114,8 +114,14 @@ def make_scorer(method, previous=None):
     padding. 'psnr_generated' knows what the method reads and nothing else,
     'psnr_copy' repeats the input, 'psnr_draft' is that of the draft, and
     'psnr', the score a checkpoint is ranked by, has alpha inferred from each
-    real frame where the method can (else it is psnr_generated).
+    real frame where the method can (else it is psnr_generated). Of a method
+    that makes no videos: what its `score` returns.
   """
+
+  if not hasattr(method, 'animate'):
+    return jax.jit(lambda state, clip, n, label: method.score(
+      state, video.to_float(clip), n, label
+    ))
 
   def score(frozen, state, clip, n, label):
     real = video.to_float(clip)[None]
@@ -171,19 +177,23 @@ def score_clips(scorer, state, clips, limit=MAX_FRAMES):
     the last frames, and, where alpha is inferred, 'val/alpha_order', the
     lowest Spearman correlation of alpha with the frame index over the clips.
   """
-  rows, shown, orders = [], [], []
+  rows, shown, orders, judged = [], [], [], []
   for clip in clips:
     real = thin_out(clip['video'], limit)
     n = len(real)
     padded = np.concatenate([real, real[-1:].repeat(limit - n, 0)])
     out = jax.device_get(scorer(state, padded, n, clip['label']))
+    if 'frames' not in out:
+      judged.append(out)
+      continue
     rows.append({k: v[1:n] for k, v in out.items() if k.startswith('psnr')})
     made = [out[k][:n] for k in ('draft', 'frames') if k in out]
     shown.append((real, *made))
     if 'alpha' in out and n > 2:
       orders.append(_spearman(out['alpha'][1:n]))
   if not rows:
-    return {}, []
+    names = judged[0] if judged else ()
+    return {k: float(np.mean([j[k] for j in judged])) for k in names}, []
   last = lambda key: float(np.mean([row[key][-1] for row in rows]))
   means = {
     f'val/{k}': float(np.concatenate([r[k] for r in rows]).mean())

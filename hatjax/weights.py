@@ -98,9 +98,10 @@ _ENTRIES = (
   ),
   Entry(
     name='vgg_face', use='FEV-GAN: VGG-16 trained on faces',
-    licence='CC-BY-NC-4.0', file='vgg_face_torch.tar.gz', converted=True,
-    address='https://www.robots.ox.ac.uk/~vgg/software/vgg_face/src/'
-    'vgg_face_torch.tar.gz', note='about 540 MB; not for commercial use',
+    licence='CC-BY-NC-4.0', file='vgg_face_dag.pth', converted=True,
+    address='https://www.robots.ox.ac.uk/~albanie/models/pytorch-mcn/'
+    'vgg_face_dag.pth', note="about 580 MB; not for commercial use; Albanie's "
+    'conversion of the release, whose channels are RGB',
   ),
   Entry(
     name='resnext101_kinetics', use='video FID of ImaGINator and G3AN',

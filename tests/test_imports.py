@@ -11,14 +11,13 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = 'train generate evaluate benchmark prepare convert app'.split()
 FLOORS = (
-  dict.fromkeys(COMMANDS, 4) | {'runs': 3}
-  | dict.fromkeys(
-    (
-      'methods', 'data', 'parallel', 'workdir', 'validation', 'driving',
-      'sharpening',
-    ), 2
-  )
-  | dict.fromkeys(('nets', 'state'), 1)
+  dict.fromkeys(COMMANDS, 4) | {'init_from': 3.5}
+  | dict.fromkeys(('runs', 'comparison', 'ablation'), 3)
+  | dict.fromkeys((
+    'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',
+    'score_report', 'driving', 'sharpening',
+  ), 2)
+  | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores'), 1)
 )
 SIDEWAYS = {
   ('faces', 'video'), ('nets', 'nets'), ('methods', 'methods'),

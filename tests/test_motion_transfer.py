@@ -206,7 +206,8 @@ def test_reference_has_the_released_parameter_counts(name, millions):
   state = jax.eval_shape(method.init, jax.random.key(0), batch)
   count = sum(x.size for x in jax.tree.leaves(state.params[name]))
   assert round(count / 1e6, 1) == millions
-  total = sum(x.size for x in jax.tree.leaves(state.params))
+  moving = {k: v for k, v in state.params.items() if k != 'vgg19'}
+  total = sum(x.size for x in jax.tree.leaves(moving))
   assert round(total / 1e6, 1) == 59.8
 
 
@@ -402,6 +403,23 @@ def test_statistics_of_a_batch_move_and_serve_generation():
   assert set(new.model_state['batch_stats']) == {
     'keypoint_detector', 'dense_motion', 'generator'
   }
+
+
+def test_perceptual_loss_of_vgg_19_at_every_scale(monkeypatch):
+  method = make(perceptual='vgg19', perceptual_scales=2)
+  net = method.vgg19.clone(width=2)
+  monkeypatch.setattr(type(method), 'vgg19', net)
+  a, b = (toy_batch(32)['video'][:, t] for t in (0, 1))
+  params = jax.jit(net.init)(jax.random.key(0), a)
+  state = type('State', (), {'params': {'vgg19': params['params']}})
+  loss = jax.jit(lambda a, b: method._perceptual(state, a, b))
+  want = 0
+  for level in (1, 2):
+    maps = (net.apply(params, nets.shrink(x, level)) for x in (a, b))
+    want += sum(np.abs(x - y).mean((1, 2, 3)) for x, y in zip(*maps))
+  np.testing.assert_allclose(loss(a, b), want, rtol=1e-4)
+  np.testing.assert_allclose(loss(a, a), 0, atol=1e-6)
+  assert method.pretrained == {'vgg19': 'vgg19'} and make().pretrained == {}
 
 
 @pytest.mark.parametrize('changes', [

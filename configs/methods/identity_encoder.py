@@ -13,13 +13,14 @@ def get_stage(preset, image_size, data):
   """The four blocks of a stage.
 
   Args:
-    preset: one of PRESETS.
+    preset: one of PRESETS; another method's is taken as default.
     image_size: side in pixels.
     data: what the data set says of its block, such as the name.
 
   Returns:
     ConfigDict with method, model, optim, data and train.
   """
+  preset = preset if preset in PRESETS else 'default'
   stage = methods.start_stage(
     'identity_encoder', PRESETS, preset, image_size, batch_size=16,
     num_frames=1,

@@ -12,6 +12,7 @@ tiny       the smallest: seconds on a CPU
 from configs import methods
 
 PRESETS = ('default', 'paper', 'reference', 'tiny')
+INIT_FROM = ('vgg19',)  # a converted file; '' for the one fetched
 NETS = ('keypoint_detector', 'dense_motion', 'generator', 'discriminator')
 
 
@@ -75,7 +76,8 @@ def _model(preset, image_size):
     discriminator_width=32,
     discriminator_blocks=4,
     discriminator_keypoints=False,
-    perceptual='pyramid',         # or vgg19
+    # Or vgg19: python -m hatjax.convert weights fetch vgg19
+    perceptual='pyramid',
     perceptual_scales=4,
     lambda_perceptual=10.0,
     lambda_l1=10.0,
@@ -91,7 +93,8 @@ def _model(preset, image_size):
   )
   if preset in ('paper', 'reference'):
     model |= dict(
-      motion_width=64, max_width=1024, width=64, lambda_l1=0.0,
+      motion_width=64, max_width=1024, width=64, perceptual='vgg19',
+      lambda_l1=0.0,
     )
   if preset == 'paper':
     model |= dict(

@@ -50,6 +50,7 @@ class FEVGAN:
   es_width: int = 128
   dec_arch: str = 'down4'
   dec_width: int = 128
+  dec_size: int = 0
   head: str = 'direct'
   discriminator_width: int = 64
   label_inject: str = 'first'
@@ -91,6 +92,8 @@ class FEVGAN:
 
   def _check_sizes(self):
     halvings = nets.doublings(4, self.image_size, 'model.image_size')
+    size = self.dec_size or self.image_size
+    nets.doublings(size, self.image_size, 'model.image_size')
     nets.doublings(2, self.num_frames, 'model.num_frames')
     if self.num_frames % 2**halvings:
       raise ValueError(
@@ -100,7 +103,7 @@ class FEVGAN:
     grid = self.grid
     fits = {
       'down4': grid >= 8 and grid % 2 == 0,
-      'up16': (grid + 2) & (grid + 1) == 0 and grid + 2 <= self.image_size,
+      'up16': (grid + 2) & (grid + 1) == 0 and grid + 2 <= size,
     }
     if not fits[self.dec_arch] or grid > self.image_size:
       raise ValueError(
@@ -116,7 +119,7 @@ class FEVGAN:
 
   @property
   def pretrained(self):
-    """{frozen net: what it comes from}; see `runs.load_pretrained`."""
+    """{frozen net: what it comes from}; see `init_from.load`."""
     if not self._has_identity or self.eid == 'random':
       return {}
     name = 'vgg_face' if self.eid == 'vgg_face' else 'identity_encoder'
@@ -126,9 +129,12 @@ class FEVGAN:
   def notes(self):
     """What every result must say."""
     eid = self.eid if self._has_identity else 'none'
-    absent = {'E_id': self.use_identity, 'E_s': self.use_spatial}
-    left_out = [name for name, used in absent.items() if not used]
-    return {'eid': eid} | ({'without': left_out} if left_out else {})
+    notes = {'eid': eid}
+    if not self.use_identity:
+      notes['without'] = 'E_id'
+    if not self.use_spatial:
+      notes['without'] = 'E_s'
+    return notes
 
   @property
   def _has_identity(self):
@@ -151,7 +157,7 @@ class FEVGAN:
   def generator(self):
     """E_s and G_dec."""
     return nets.Generator(
-      image_size=self.image_size, num_frames=self.num_frames,
+      image_size=self.dec_size or self.image_size, num_frames=self.num_frames,
       num_labels=self.num_labels, grid=self.grid, spatial=self.use_spatial,
       es_width=self.es_width, dec_arch=self.dec_arch,
       dec_width=self.dec_width, head=self.head, axis_name=self.axis_name,
@@ -192,8 +198,9 @@ class FEVGAN:
       params['discriminator'] = (
         self.discriminator.init(rng_d, video, label)['params']
       )
+    tx = {name: self.tx[name] for name in ('generator', *self._judges)}
     return state_lib.create(
-      params, self.tx, {'batch_stats': variables['batch_stats']},
+      params, tx, {'batch_stats': variables['batch_stats']},
       ema=('generator',) if self.ema_decay else (),
     )
 
@@ -276,6 +283,7 @@ class FEVGAN:
 
   def _show(self, image, said):
     """The head: what the decoder says [B, T, S, S, C] -> frames."""
+    said = nets.resize(said, self.image_size)  # where dec_size is smaller
     if self.head == 'direct':
       return jnp.tanh(said)
     if self.head == 'residual':

@@ -85,6 +85,14 @@ class IdentityEncoder:
     metrics = {'loss/identity': value, 'identity/nearest': right}
     return state, state_lib.pmean(metrics, self.axis_name)
 
+  def score(self, state, clip, n, label):
+    """Mean cosine of a clip's later frames with its first; for validation."""
+    del label
+    vectors = self.embed(state.params['identity_encoder'], clip)
+    known = (jnp.arange(len(clip)) < n) & (jnp.arange(len(clip)) > 0)
+    cosines = vectors[1:] @ vectors[0]
+    return {'cosine/val': (cosines * known[1:]).sum() / known.sum()}
+
 
 def contrast(vectors, subject, temperature):
   """Supervised contrastive loss, and how often the nearest is the same person.

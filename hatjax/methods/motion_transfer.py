@@ -19,11 +19,12 @@ from einops import rearrange
 
 from hatjax import losses, optim, settings, warp
 from hatjax import state as state_lib
-from hatjax.nets import layers, resnet
+from hatjax.nets import layers, resnet, vgg
 from hatjax.nets import motion_transfer as nets
 
 DETECTORS = ('resnet', 'hourglass')
-PERCEPTUAL = ('pyramid',)
+PERCEPTUAL = ('pyramid', 'vgg19')
+TAPS = tuple(f'relu{block}_1' for block in range(1, 6))
 CHUNK = 8  # frames that animate makes at a time
 MOVING = ('keypoint_detector', 'dense_motion', 'generator')
 
@@ -109,6 +110,16 @@ class MotionTransfer:
   def reads(self):
     """Keys of `inputs` that animate takes."""
     return ('image', 'driving')
+
+  @property
+  def pretrained(self):
+    """{net: where its weights come from}, for those that stay frozen."""
+    return {'vgg19': 'vgg19'} if self.perceptual == 'vgg19' else {}
+
+  @property
+  def vgg19(self):
+    """The frozen module of the perceptual loss."""
+    return vgg.VGG(TAPS, vgg.E, range='imagenet', dtype=jnp.dtype(self.dtype))
 
   @property
   def _judges(self):
@@ -200,6 +211,8 @@ class MotionTransfer:
       if 'batch_stats' in variables:
         stats[name] = variables['batch_stats']
     tx = {name: self.tx[name] for name in params}
+    for name in self.pretrained:
+      params[name] = getattr(self, name).init(rng, image)['params']
     return state_lib.create(params, tx, {'batch_stats': stats})
 
   # -- training ------------------------------------------------------------
@@ -328,8 +341,7 @@ class MotionTransfer:
     real, fake = _fold(video[:, 1:]), out['fake']
     terms = {
       'perceptual': (
-        self.lambda_perceptual,
-        losses.pyramid(fake, real, self.perceptual_scales),
+        self.lambda_perceptual, self._perceptual(state, fake, real)
       ),
       'l1': (self.lambda_l1, losses.l1(fake, real)),
     }
@@ -346,6 +358,17 @@ class MotionTransfer:
     metrics = {f'loss/{k}': term.mean() for k, (_, term) in terms.items()}
     total = sum(weight * term.mean() for weight, term in terms.values())
     return total, metrics | {'loss/generator': total}
+
+  def _perceptual(self, state, fake, real):
+    """Eq. 3 at several scales; 'pyramid' does without VGG-19's weights."""
+    if self.perceptual == 'pyramid':
+      return losses.pyramid(fake, real, self.perceptual_scales)
+    total, params = 0, {'params': state.params['vgg19']}
+    for level in range(self.perceptual_scales):
+      a, b = (nets.shrink(x, 2**level) for x in (fake, real))
+      like = losses.stop(self.vgg19.apply(params, b))
+      total += losses.features(self.vgg19.apply(params, a), like)
+    return total
 
   def _equivariance(self, out):
     """Keypoints of a frame seen through a plate, moved back, stay the same."""
