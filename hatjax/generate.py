@@ -220,7 +220,8 @@ def _refine_video(run, args):
   fps = video.read_fps(args.video) if args.fps is None else args.fps
   refined = run.refine(
     driving.crops_of(args.video, run, args.crop, _face), label,
-    strength=args.refine, num_sample_steps=args.num_sample_steps, seed=args.seed,
+    strength=args.refine, num_sample_steps=args.num_sample_steps,
+    seed=args.seed,
   )
   begin, count = time.perf_counter(), itertools.count()
   with (

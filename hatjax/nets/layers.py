@@ -324,20 +324,20 @@ class Conv(nn.Module):
     kernel: side of the kernel.
     stride: 1, 2 (kernel 3 or 4, padding 1, or 7, padding 3), or -2
       (transposed).
-    nearest: stride -2 repeats pixels, then convolves (kernel 3).
     pad: zero padding on each side, for stride 1.
     reflect: pad by reflection instead of zeros, for stride 1.
     nd: number of spatial axes.
+    nearest: stride -2 repeats pixels, then convolves (kernel 3).
     dtype: compute type; parameters are float32.
   """
 
   features: int
   kernel: int = 3
   stride: int = 1
-  nearest: bool = False
   pad: int = 1
   reflect: bool = False
   nd: int = 2
+  nearest: bool = False
   kernel_init: nn.initializers.Initializer = normal_init()
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
   dtype: jnp.dtype = jnp.float32
