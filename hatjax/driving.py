@@ -126,7 +126,7 @@ class Driver:
   def __init__(self, run, image, batch_size=0):
     import jax
 
-    name, method, state = run.stages[0]
+    name, method, self._state = run.stages[0]
     if 'driving' not in method.reads:
       raise ValueError(
         f'This run is not driven by a clip: {name} reads '
@@ -137,7 +137,6 @@ class Driver:
     self.size = method.image_size
     self.batch_size = batch_size or (1 if on_cpu else 8)
     image, to_float = self._check(image), video.to_float
-    self._state = jax.jit(method.quicken)(state) if on_cpu else state
     self._find = jax.jit(
       lambda state, frames: method.keypoints(state, to_float(frames))
     )

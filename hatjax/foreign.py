@@ -198,7 +198,8 @@ def _fomm_generator(arrays):
   params['first'], stats['first'] = _normed(arrays, 'generator.first')
   halvings = _count(arrays, 'generator.down_blocks.{}.conv.weight')
   for i in range(halvings):
-    for ours, theirs in ((f'down_{i}', 'down_blocks'), (f'up_{i}', 'up_blocks')):
+    for part in ('down', 'up'):
+      ours, theirs = f'{part}_{i}', f'{part}_blocks'
       params[ours], stats[ours] = _normed(arrays, f'generator.{theirs}.{i}')
   residual = _count(arrays, 'generator.bottleneck.r{}.conv1.weight')
   for i in range(residual):

@@ -28,7 +28,8 @@ def imitate(method, state, batch, rng, alpha='profile'):
     method: see `hatjax.methods`.
     state: TrainState.
     batch: video float32 [B, T, H, W, 3] in [-1, 1], neutral first; time
-      [B, T]; label int32 [B]; draft, where the method reads it.
+      [B, T]; label int32 [B]; draft, where the method reads it, and the noise
+      to start from, if it is to be known.
     rng: key.
     alpha: where intensities come from, for methods that have them: a sweep
       of `intensity`, or 'inferred' from the frames themselves.
@@ -38,7 +39,7 @@ def imitate(method, state, batch, rng, alpha='profile'):
   """
   real, time = batch['video'], batch['time']
   known = {**batch, 'image': real[:, 0], 'driving': real}
-  inputs = {key: known[key] for key in method.reads if key in known}
+  inputs = {k: known[k] for k in (*method.reads, 'noise') if k in known}
   if alpha == 'inferred' and hasattr(method, 'infer'):
     inputs['alpha'] = method.infer(state, known)
   elif hasattr(method, 'sweep_alpha'):
@@ -105,8 +106,8 @@ def make_scorer(method, previous=None):
   Args:
     method: see `hatjax.methods`.
     previous: (name, method, state) of the stage that makes the drafts of a
-      method that reads them; without one it gets the real clips (which it may
-      `degrade` first), and its scores say what refining costs them.
+      method that reads them; without one it gets the real clips, noised or
+      degraded as in training, and its scores say what is left of that.
 
   Returns:
     (state, clip uint8 [T, H, W, 3], n, label) -> dict of per-frame PSNR in dB
@@ -131,14 +132,20 @@ def make_scorer(method, previous=None):
     }
     rng, out = jax.random.key(0), {}
     psnr = lambda x: metrics.psnr(x[0], real[0])
-    draft = None
-    if 'draft' in method.reads:
+    if 'draft' in method.reads and previous is None:
       batch['draft'] = real
-      if previous is not None:
-        draft = make_draft(previous.method, frozen, batch, rng, 'profile')
+      if hasattr(method, 'add_noise'):
+        batch['noise'] = jax.random.normal(rng, real.shape)
+        noised = jnp.clip(method.add_noise(real, batch['noise']), -1, 1)
+        out |= {'psnr_noised': psnr(noised), 'draft': video.to_uint8(noised[0])}
       elif hasattr(method, 'degrade'):
-        draft = method.degrade(real, rng)
-    if draft is not None:
+        batch['draft'] = method.degrade(real, rng)
+        out |= {
+          'psnr_draft': psnr(batch['draft']),
+          'draft': video.to_uint8(batch['draft'][0]),
+        }
+    elif 'draft' in method.reads:
+      draft = make_draft(previous.method, frozen, batch, rng, 'profile')
       batch['draft'] = draft
       if draft.shape == real.shape:
         out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}

@@ -351,6 +351,35 @@ def test_linear_attention_by_hand():
   )
 
 
+def test_attention_in_pieces_equals_attention_at_once():
+  x, weights = normal(0, 2, 6, 4, 4, 8), normal(1, 2, 6, 4, 4, 8)
+  bias, isolate = normal(2, 2, 6, 6), np.array([True, False])
+
+  def pull(piece, params, x, bias):
+    """Outputs, and gradients of them, summed with fixed weights."""
+    def loss(params, x, bias):
+      y = nets.SpatialAttention(2, 4, piece=piece).apply(params[0], x)
+      z = nets.TemporalAttention(2, 4, piece=piece).apply(
+        params[1], x, bias, isolate
+      )
+      return (weights * (y + z)).sum(), (y, z)
+    return jax.value_and_grad(loss, (0, 1, 2), True)(params, x, bias)
+
+  params = (
+    jax.eval_shape(nets.SpatialAttention(2, 4).init, jax.random.key(0), x),
+    jax.eval_shape(
+      nets.TemporalAttention(2, 4).init, jax.random.key(0), x, bias
+    ),
+  )
+  args = lively(params), x, bias
+  # Two frames of 16 pixels at a time, and 4 of the 16 pixels in time.
+  pieces = jax.jit(functools.partial(pull, 32))
+  assert pieces.lower(*args).as_text().count('stablehlo.while') > 1
+  whole = jax.jit(functools.partial(pull, 0))(*args)
+  for a, b in zip(jax.tree.leaves(pieces(*args)), jax.tree.leaves(whole)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 # -- method --------------------------------------------------------------------
 
 

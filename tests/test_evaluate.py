@@ -6,40 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import skimage.metrics
 
 from hatjax import data, evaluate, metrics, score_report, scores
-
-
-def pictures(seed=0, shape=(3, 20, 24, 3)):
-  rng = np.random.default_rng(seed)
-  a = rng.uniform(-1, 1, shape).astype(np.float32)
-  return a, np.clip(a + rng.normal(0, 0.3, shape), -1, 1).astype(np.float32)
-
-
-@pytest.mark.parametrize('window, options', (
-  ('gaussian', dict(
-    gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-  )),
-  ('uniform7', {}),
-))
-def test_ssim_is_that_of_scikit_image(window, options):
-  a, b = pictures()
-  expected = [
-    skimage.metrics.structural_similarity(
-      x / 2 + 0.5, y / 2 + 0.5, data_range=1, channel_axis=-1, **options
-    ) for x, y in zip(a, b)
-  ]
-  np.testing.assert_allclose(metrics.ssim(a, b, window), expected, atol=1e-5)
-  np.testing.assert_allclose(metrics.ssim(a, a, window), 1, atol=1e-6)
-
-
-def test_ssim_of_wrong_arguments():
-  a, b = pictures()
-  with pytest.raises(ValueError, match='Choose one of: gaussian, uniform7'):
-    metrics.ssim(a, b, 'square')
-  with pytest.raises(ValueError, match='side 11'):
-    metrics.ssim(a[:, :10], b[:, :10])
 
 
 def test_flicker_by_hand():

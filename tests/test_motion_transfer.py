@@ -153,31 +153,6 @@ def test_seven_wide_strided_convolution_is_the_same_rewritten():
   np.testing.assert_allclose(*found, atol=1e-4)
 
 
-def test_winograd_convolution_is_the_convolution():
-  x = jax.random.normal(jax.random.key(0), (2, 8, 12, 5))
-  kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 4))
-  want = layers._convolve(x, kernel, (1, 1), [(1, 1)] * 2)
-  turned = layers.winograd_kernels({'a': {'kernel': kernel}}, 4)
-  got = jax.jit(layers.winograd_conv)(x, turned['a']['kernel'])
-  np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
-  assert layers.winograd_kernels({'a': {'kernel': kernel}}, 5) == {}
-
-
-def test_a_quickened_state_makes_the_same_frames(monkeypatch):
-  monkeypatch.setattr(layers.winograd_kernels, '__defaults__', (8,))
-  method = make(size=64, width=8)
-  batch = toy_batch(64, 3, 1)
-  state = jax.jit(method.init)(jax.random.key(0), batch)
-  inputs = {'image': batch['video'][:, 0], 'driving': batch['video']}
-  quick = method.quicken(state)
-  kernels = jax.tree.leaves(quick.model_state['winograd'])
-  assert {k.shape[0] for k in kernels} == {36}
-  animate = jax.jit(method.animate, static_argnums=3)
-  a, b = (animate(s, inputs, None, 3) for s in (state, quick))
-  np.testing.assert_allclose(a, b, atol=1e-4)
-  assert not np.array_equal(a, b)
-
-
 def test_max_pool_by_hand():
   x = jnp.arange(16.0).reshape(1, 4, 4, 1)
   np.testing.assert_array_equal(

@@ -24,7 +24,7 @@ def get_stage(preset, image_size, data):
   # The apex in every batch: from it the expression is learned.
   stage = methods.start_stage(
     'face_classifier', PRESETS, preset, image_size, include_last=True,
-    batch_size=16, num_frames=3, pad=image_size // 16, jitter=0.2,
+    batch_size=16, num_frames=4, pad=image_size // 16, jitter=0.2,
   )
   stage.model = dict(
     image_size=image_size,

@@ -3,8 +3,9 @@
 Not a paper. One small net of single frames with two heads: an identity code,
 learned by telling the people of the training split apart from their angles to
 one proxy each (NormFace, Wang et al. 2017), which serves ACD; and the
-expression, learned from the apex frames, with a class of its own for neutral
-ones, which serves 'expression recognised'. It makes no videos.
+expression, learned from the second halves of clips that end at their apex, with
+a class of its own for neutral frames, which serves 'expression recognised'. It
+makes no videos.
 """
 
 import dataclasses
@@ -113,7 +114,7 @@ class FaceClassifier:
     Args:
       state: TrainState.
       batch: video float32 [B, 1 + K, H, W, 3] in [-1, 1], the neutral frame
-        first and the apex last; label, subject int32 [B].
+        first and the apex last; time [B, 1 + K]; label, subject int32 [B].
       rng: not used.
 
     Returns:
@@ -121,7 +122,7 @@ class FaceClassifier:
     """
     del rng
     chex.assert_rank(batch['video'], 5)
-    read = {key: batch[key] for key in ('video', 'label', 'subject')}
+    read = {k: batch[k] for k in ('video', 'time', 'label', 'subject')}
     grad = lambda part: (
       jax.grad(self.judge_loss, has_aux=True)(state.params['judge'], part), ()
     )
@@ -135,22 +136,30 @@ class FaceClassifier:
     return state, state_lib.pmean(metrics, self.axis_name)
 
   def judge_loss(self, params, batch):
-    """Cross-entropy of expression (ends of clips) and identity (all frames)."""
+    """Cross-entropy of expression and identity.
+
+    The first frame counts as neutral, a later one as its clip's expression with
+    a weight that rises from 0 in the middle of the clip to 1 at its end.
+    """
     video, label = batch['video'], batch['label']
     b, t = video.shape[:2]
     frames = video.reshape(b * t, *video.shape[2:])
     _, logits, cosines = self.judge.apply({'params': params}, frames)
-    logits = logits.reshape(b, t, -1)[:, [0, -1]]
-    target = jnp.stack([jnp.full_like(label, self.num_labels), label], 1)
+    logits = logits.reshape(b, t, -1)
+    first = jnp.arange(t) == 0
+    target = jnp.where(first, self.num_labels, label[:, None])
+    weight = jnp.clip(2 * batch['time'] - 1, 0, 1)
+    weight = jnp.where(first, 0.5, weight)
     entropy = optax.softmax_cross_entropy_with_integer_labels
-    expression = entropy(logits, target).mean()
+    expression = (weight * entropy(logits, target)).sum(1) / weight.sum(1)
+    expression = expression.mean()
     person = jnp.repeat(batch['subject'] % self.num_people, t)
     identity = entropy(self.sharpness * cosines, person).mean()
     loss = expression + self.lambda_identity * identity
     return loss, {
       'loss/judge': loss, 'loss/expression': expression,
       'loss/identity': identity,
-      'accuracy/train': (logits.argmax(-1) == target)[:, 1].mean(),
+      'accuracy/train': (logits.argmax(-1) == target)[:, -1].mean(),
     }
 
   def score(self, state, clip, n, label):

@@ -19,8 +19,8 @@ from einops import rearrange
 
 from hatjax import losses, optim, settings, warp
 from hatjax import state as state_lib
-from hatjax.nets import layers, resnet, vgg
 from hatjax.nets import motion_transfer as nets
+from hatjax.nets import resnet, vgg
 
 DETECTORS = ('resnet', 'hourglass')
 PERCEPTUAL = ('pyramid', 'vgg19')
@@ -410,17 +410,7 @@ class MotionTransfer:
     variables = {'params': state.inference_params(name)}
     stats = state.model_state['batch_stats']
     variables |= {'batch_stats': stats[name]} if name in stats else {}
-    turned = state.model_state.get('winograd', {})
-    variables |= {'winograd': turned[name]} if name in turned else {}
     return getattr(self, name).apply(variables, *args, **options)
-
-  def quicken(self, state):
-    """A state to generate many frames with on a CPU, twice as fast."""
-    turned = layers.winograd_kernels(state.inference_params('generator'))
-    turned = {'generator': turned} if turned else {}
-    return state.replace(
-      model_state={**state.model_state, 'winograd': turned}
-    )
 
   def keypoints(self, state, frames):
     """Keypoints of frames [N, H, W, 3]: value [N, K, 2] and jacobian."""

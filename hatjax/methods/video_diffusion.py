@@ -213,11 +213,13 @@ class VideoDiffusion:
     guess, _ = diffusion.to_x0_and_noise(
       self.prediction, schedule, value, xt, t
     )
-    psnr = metrics_lib.psnr(diffusion.limit(guess), x0)
-    return loss.mean(), {
-      'loss/denoise': error.mean(), 'loss/denoiser': loss.mean(),
-      'psnr/train': psnr.mean(),
+    scores = {
+      'loss/denoise': error, 'loss/denoiser': loss,
+      'psnr/train': metrics_lib.psnr(diffusion.limit(guess), x0),
     }
+    if 'draft' in task:
+      scores['psnr/draft'] = metrics_lib.psnr(task['draft'], x0)
+    return loss.mean(), jax.tree.map(jnp.mean, scores)
 
   def _sorted_clip(self, batch):
     """(video, draft or None), the later frames in the order of time.
@@ -277,25 +279,18 @@ class VideoDiffusion:
       )
     rng_start, rng_walk = jax.random.split(rng)
     schedule = self.noise_schedule
-    start = schedule.num_steps
-    if draft is None:
-      known = [inputs[k] for k in ('noise', 'label') if k in inputs]
-      b = known[0].shape[0] if known else 1
-    else:
-      b = draft.shape[0]
-      start = round(self.strength * start)
+    start = self._start(draft)
+    known = [inputs[k] for k in ('draft', 'noise', 'label') if k in inputs]
+    b = known[0].shape[0] if known else 1
     shape = (b, num_frames, self.image_size, self.image_size, 3)
     if draft is not None:
       chex.assert_shape(draft, shape)
     if not start:
       return draft
-    xt = inputs.get('noise')
-    if xt is None:
-      xt = jax.random.normal(rng_start, shape)
-    if start == schedule.num_steps:
-      xt *= schedule.sigma[-1]  # Nothing of a draft.
-    else:
-      xt = diffusion.add_noise(schedule, draft, xt, start)
+    noise = inputs.get('noise')
+    if noise is None:
+      noise = jax.random.normal(rng_start, shape)
+    xt = self.add_noise(draft, noise)
     label = inputs.get('label')
     predict = lambda xt, t: self._guess(
       state.inference_params('denoiser'), xt, t, label,
@@ -306,6 +301,18 @@ class VideoDiffusion:
     eta = SAMPLERS[self.sampler]
     video = diffusion.sample(predict, schedule, xt, times, rng_walk, eta)
     return jnp.clip(video, -1, 1)
+
+  def _start(self, draft):
+    """The level of noise that a walk starts from."""
+    top = self.noise_schedule.num_steps
+    return top if draft is None else round(self.strength * top)
+
+  def add_noise(self, draft, noise):
+    """What a walk starts from: the draft, noised; without one, noise."""
+    schedule, start = self.noise_schedule, self._start(draft)
+    if start == schedule.num_steps:
+      return noise * schedule.sigma[-1]  # Nothing of a draft.
+    return diffusion.add_noise(schedule, draft, noise, start)
 
   def _guess(self, params, xt, t, label, draft):
     """x_0 as the net sees it, guided, in windows, kept in range.

@@ -22,6 +22,7 @@ NORMS = ('group', 'rms')
 CONVS = ('space', 'space_time')
 GROUPS = 8
 BUCKETS, MAX_DISTANCE = 32, 32
+PIECE = 8192  # tokens that attend at a time where memory is to be saved
 
 # Uniform, variance 1 / (3 fan_in): how the released code's layers start.
 kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -151,6 +152,8 @@ class Heads(nn.Module):
   Attributes:
     attend: q, k, v [heads, *, tokens, head_dim] -> the same shape.
     bias: of the output.
+    piece: tokens at a time, one piece after another, each computed again in
+      the backward pass; 0 for all at once.
   """
 
   heads: int
@@ -158,14 +161,23 @@ class Heads(nn.Module):
   attend: Callable
   bias: bool = False
   dtype: jnp.dtype = jnp.float32
+  piece: int = 0
 
   @nn.compact
   def __call__(self, x):
-    """[*, tokens, C] -> the same shape."""
+    """[*, rows, tokens, C] -> the same shape; rows do not see one another."""
     channels, width = x.shape[-1], self.heads * self.head_dim
     kernel = self.param('qkv', kernel_init, (channels, 3 * width))
     out = self.param('out', kernel_init, (width, channels))
-    x = nn.LayerNorm(1e-5, self.dtype, use_bias=False)(x)
+    params = [kernel, out]
+    norm = nn.LayerNorm(1e-5, self.dtype, use_bias=False)
+    if self.bias:
+      bias = self.param('bias', nn.initializers.zeros, (channels,))
+      params.append(bias)
+    return in_pieces(self._run, self.piece)(norm(x), *params)
+
+  def _run(self, x, kernel, out, bias=None):
+    channels = x.shape[-1]
     kernel = kernel.astype(self.dtype).reshape(channels, 3, self.heads, -1)
     q, k, v = (
       jnp.einsum('...nc,chd->h...nd', x, kernel[:, i]) for i in range(3)
@@ -173,10 +185,38 @@ class Heads(nn.Module):
     y = self.attend(q, k, v)
     out = out.astype(self.dtype).reshape(self.heads, -1, channels)
     y = jnp.einsum('h...nd,hdc->...nc', y, out)
-    if self.bias:
-      bias = self.param('bias', nn.initializers.zeros, (channels,))
-      y = y + bias.astype(self.dtype)
-    return y
+    return y if bias is None else y + bias.astype(self.dtype)
+
+
+def in_pieces(function, piece):
+  """A function whose rows are computed some at a time.
+
+  Args:
+    function: (x [*, rows, tokens, C], params) -> the same shape, each row on
+      its own.
+    piece: tokens at a time; the rows must share them evenly. What lies between
+      x and the result is computed again in the backward pass. 0: all at once,
+      nothing again.
+  """
+  if not piece:
+    return function
+  function = jax.checkpoint(function)
+
+  def run(x, *params):
+    *_, rows, tokens, _ = x.shape
+    count = next(
+      n for n in range(1, rows + 1)
+      if not rows % n and (rows // n * tokens <= piece or n == rows)
+    )
+    if count == 1:
+      return function(x, *params)
+    pieces = x.reshape(*x.shape[:-3], count, rows // count, *x.shape[-2:])
+    y = jax.lax.map(
+      lambda x: function(x, *params), jnp.moveaxis(pieces, -4, 0)
+    )
+    return jnp.moveaxis(y, 0, -4).reshape(x.shape)
+
+  return run
 
 
 def attend_linearly(q, k, v):
@@ -212,12 +252,15 @@ class SpatialAttention(nn.Module):
   head_dim: int = 32
   linear: bool = True
   dtype: jnp.dtype = jnp.float32
+  piece: int = 0
 
   @nn.compact
   def __call__(self, x):
     attend = attend_linearly if self.linear else attend_fully
-    y = einops.rearrange(x, 'b t h w c -> (b t) (h w) c')
-    y = Heads(self.heads, self.head_dim, attend, self.linear, self.dtype)(y)
+    y = einops.rearrange(x, 'b t h w c -> b t (h w) c')
+    y = Heads(
+      self.heads, self.head_dim, attend, self.linear, self.dtype, self.piece
+    )(y)
     return x + y.reshape(x.shape)
 
 
@@ -269,6 +312,7 @@ class TemporalAttention(nn.Module):
   heads: int = 8
   head_dim: int = 32
   dtype: jnp.dtype = jnp.float32
+  piece: int = 0
 
   @nn.compact
   def __call__(self, x, bias, isolate=None):
@@ -284,7 +328,9 @@ class TemporalAttention(nn.Module):
       )
 
     y = einops.rearrange(x, 'b t h w c -> b (h w) t c')
-    y = Heads(self.heads, self.head_dim, attend, False, self.dtype)(y)
+    y = Heads(
+      self.heads, self.head_dim, attend, False, self.dtype, self.piece
+    )(y)
     y = einops.rearrange(y, 'b (h w) t c -> b t h w c', h=x.shape[2])
     return x + y
 
@@ -314,15 +360,17 @@ class Level(nn.Module):
       _keeping_inputs(m, self.remat)
       for m in (ResBlock, SpatialAttention, TemporalAttention)
     )
+    piece = PIECE if self.remat else 0
     for n in range(2):
       x = block(
         self.features, self.norm, self.conv, self.dtype, name=f'ResBlock_{n}'
       )(x, cond, isolate)
     x = in_space(
-      self.heads, self.head_dim, True, self.dtype, name='SpatialAttention_0'
+      self.heads, self.head_dim, True, self.dtype, piece,
+      name='SpatialAttention_0',
     )(x)
     return in_time(
-      self.heads, self.head_dim, self.dtype, name='TemporalAttention_0'
+      self.heads, self.head_dim, self.dtype, piece, name='TemporalAttention_0'
     )(x, bias, isolate)
 
 
@@ -395,7 +443,8 @@ class UNet3D(nn.Module):
     x = x.astype(self.dtype)
     x = Conv(self.dim, 7, dtype=self.dtype, name='conv_in')(x)
     x = in_time(
-      self.heads, self.head_dim, self.dtype, name='attention_in'
+      self.heads, self.head_dim, self.dtype, PIECE if self.remat else 0,
+      name='attention_in',
     )(x, bias, isolate)
     stem, skips = x, []
     for i, width in enumerate(widths):
