@@ -10,6 +10,7 @@ and jacobian [..., K, 2, 2]. The functions on them are the host's half of
 `methods.motion_transfer`; the driving frames come as uint8 [S, S, 3].
 """
 
+import functools
 import itertools
 import math
 import pathlib
@@ -136,16 +137,8 @@ class Driver:
     on_cpu = jax.default_backend() == 'cpu'
     self.size = method.image_size
     self.batch_size = batch_size or (1 if on_cpu else 8)
-    image, to_float = self._check(image), video.to_float
-    self._find = jax.jit(
-      lambda state, frames: method.keypoints(state, to_float(frames))
-    )
-    self._render = jax.jit(lambda state, context, points: video.to_uint8(
-      method.render(state, context, points)[0]
-    ))
-    encode = jax.jit(
-      lambda state, image: method.encode(state, {'image': to_float(image)})
-    )
+    image = self._check(image)
+    encode, self._find, self._render = _programs(method)
     self._context = encode(self._state, image[None])
     points = jax.device_get(self._context['keypoints'])
     self.source = {key: value[0] for key, value in points.items()}
@@ -180,6 +173,23 @@ class Driver:
     """A smaller last batch would be another shape and compile again."""
     missing = self.batch_size - len(batch)
     return np.concatenate([batch, batch[-1:].repeat(missing, 0)])
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(method):
+  """Encode a face, find keypoints, render: compiled once for a method."""
+  import jax
+
+  to_float = video.to_float
+  return (
+    jax.jit(lambda state, image: method.encode(
+      state, {'image': to_float(image)}
+    )),
+    jax.jit(lambda state, frames: method.keypoints(state, to_float(frames))),
+    jax.jit(lambda state, context, points: video.to_uint8(
+      method.render(state, context, points)[0]
+    )),
+  )
 
 
 def best_frame(driver, frames):
@@ -333,6 +343,9 @@ def write(run, image, path, args, crops):
     args: parsed options of hatjax.generate.
     crops: () -> iterator of the driving frames, uint8 [S, S, 3].
   """
+  for name in ('label', 'num_frames', 'boomerang', 'strip'):
+    if getattr(args, name):
+      raise ValueError(f'--{name} does not go with --driving. Leave it out.')
   if not 0 <= args.smooth < 1:
     raise ValueError(f'--smooth is {args.smooth}. Give 0, or up to below 1.')
   video.check_writable(path)
