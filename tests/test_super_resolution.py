@@ -73,6 +73,16 @@ def test_degraded_frames_lose_detail_by_clip():
   assert np.abs(poor - clips).mean() > 0.01
 
 
+def test_training_restores_what_was_lost():
+  method = make(width=4, jpeg_quality=(60, 60))
+  batch = {'video': toy_clips()}
+  state = jax.jit(method.init)(jax.random.key(0), batch)
+  step = jax.jit(method.train_step)
+  for _ in range(60):
+    state, metrics = step(state, batch, jax.random.key(1))
+  assert metrics['loss/l1'] < 0.7 * metrics['loss/l1_bicubic']
+
+
 def test_twice_the_size_from_the_stage_before():
   method = make('double', 64, width=2, mode='drafts')
   assert (method.input_size, method.needs_draft) == (32, True)
