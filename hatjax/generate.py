@@ -236,6 +236,8 @@ def _refine_video(run, args):
 
 def _drive(run, args, paths):
   """Every image takes on the motion of a clip; its length does not matter."""
+  if not paths:
+    raise ValueError('--driving needs a face to drive: pass --image me.jpg')
   outs = _outs(args.out or 'out/{image}_driven.mp4', _names(paths), ())
   crops = lambda: _ahead(driving.crops_of(args.driving, run, args.crop, _face))
   for crop, out in zip(_crops(paths, run, args.crop), outs):
