@@ -1,5 +1,8 @@
-"""Weights that others released, for hatjax.
+"""Weights and checkpoints that others released, for hatjax.
 
+  python -m hatjax.convert fomm vox-cpk.pth.tar --workdir runs/fomm
+  python -m hatjax.convert affinegan latest_net_G.pth --workdir runs/affinegan
+  python -m hatjax.convert video_diffusion model.pt --workdir runs/diffusion
   python -m hatjax.convert weights --list
   python -m hatjax.convert weights fetch inception_fid
   python -m hatjax.convert weights fetch inception_fid --source my_download.pth
@@ -34,6 +37,7 @@ def _features(depths):
   return read
 
 
+KINDS = ('fomm', 'affinegan', 'video_diffusion')  # see `foreign`
 # Weights -> (the released file's path -> arrays as hatjax reads them).
 CONVERTERS = {
   'inception_fid':
@@ -106,13 +110,39 @@ def _parser():
   part.add_argument(
     '--source', help='another address, or a file you have, of one NAME'
   )
+  for kind in KINDS:
+    part = kinds.add_parser(kind, help='a checkpoint of that project -> a run')
+    part.add_argument('file', help='the checkpoint; nothing in it is executed')
+    part.add_argument('--workdir', required=True, help='the run to write')
+    part.add_argument(
+      '--image_size', type=int, default=0,
+      help='side of its pictures, where the file does not say',
+    )
+    part.add_argument(
+      '--num_frames', type=int, default=10, help='of video_diffusion'
+    )
   return parser
+
+
+def _convert(args):
+  from hatjax import foreign  # brings JAX
+
+  try:
+    print(f'{args.workdir}: ' + foreign.convert(
+      args.kind, args.file, args.workdir, args.image_size, args.num_frames
+    ))
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  return 0
 
 
 def main(argv=None):
   """The command; returns the exit code."""
   parser = _parser()
   args = parser.parse_args(argv)
+  if args.kind in KINDS:
+    return _convert(args)
   if args.list or not args.action:
     print('\n'.join(show()))
     return 0

@@ -24,7 +24,7 @@ from hatjax import records as records_lib
 from hatjax import settings
 from hatjax import video as video_lib
 
-FRAMES = ('random', 'even', 'blend', 'window')
+FRAMES = ('random', 'even', 'blend', 'window', 'any')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
 
 
@@ -73,6 +73,9 @@ class Batches:
   def _pick(self, position, rng):
     """The neutral frame and K others; see `make_batches`."""
     n, k = self.clips[position].num_frames, self.num_frames
+    if self.frames == 'any':
+      frames = rng.integers(0, n, 1 + k).astype(np.int32)
+      return {'clip': np.int32(position), 'frames': frames}
     if self.frames == 'blend':
       at = np.linspace(0, n - 1, 1 + k, dtype=np.float32)
       pair = np.stack([np.floor(at), np.ceil(at)]).astype(np.int32)
@@ -160,9 +163,9 @@ class Batches:
       return {}
     videos, masks = [], []
     for clip in self.clips:
-      video, mask = self.records.read(clip, range(clip.num_frames))
-      videos += [self._fit(frame) for frame in video]
-      masks += [self._fit(m) for m in mask]
+      for frame, mask in self.records.frames(clip, range(clip.num_frames)):
+        videos.append(self._fit(frame))
+        masks.append(self._fit(mask))
     return {'video': np.stack(videos), 'lip_mask': np.stack(masks)}
 
   def prepare(self, batch, resident, rng):
@@ -249,13 +252,13 @@ class Batches:
     for index in sorted(order[: limit or None]):
       clip = self.clips[index]
       try:
-        video, _ = self.records.read(clip, range(clip.num_frames))
+        frames = self.records.frames(clip, range(clip.num_frames))
+        video = np.stack([self._fit(f, self.image_size) for f, _ in frames])
       except Exception as error:  # decoders of damaged bytes raise anything
         if skip is None:
           raise
         skip(clip.id, error)
         continue
-      video = np.stack([self._fit(f, self.image_size) for f in video])
       known = {'id': clip.id, 'label': clip.label}
       yield {**known, 'subject': clip.subject_name, 'video': video}
 
@@ -302,7 +305,8 @@ def make_batches(
     frames: 'random' draws these anew for every step; 'even' spreads them over
       the whole clip, in the order of time, the last one among them (the
       nearest there is; 'blend' mixes the two that are nearest); 'window' over
-      any part of K frames or more, the neutral one perhaps among them.
+      any part of K frames or more, the neutral one perhaps among them; 'any'
+      draws 1 + K frames, none of which need be the neutral one.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for

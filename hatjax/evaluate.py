@@ -26,6 +26,7 @@ from hatjax import (
   ablation,
   comparison,
   data,
+  driving,
   extractors,
   face_embedding,
   metrics,
@@ -259,6 +260,9 @@ def _make_rows(
   real = clip['video']
   cascade = len(run.stages) > 1
   made, drafts = scores.baselines(real), {}
+  if 'driving' in run.stages[0].method.reads:  # Every clip drives its first.
+    frames = driving.drive(run, real[0], real, motion='absolute')
+    return made | {'reenacted': np.stack(list(frames))}, {}
 
   def make(protocol, strength):
     return run.animate(

@@ -11,8 +11,9 @@ def load(config, method):
   """The frozen nets of a method that are not trained in this run.
 
   Args:
-    config: of it `stages`, and `init_from`, {'vgg_face': converted file
-      (default: see `weights`), other source: run with a stage of that name}.
+    config: of it `stages`, and `init_from`, {'vgg_face' or 'vgg19': converted
+      file (default: see `weights`), other source: run with a stage of that
+      name}.
     method: of its `pretrained`, {net: source}.
 
   Returns:
@@ -26,8 +27,9 @@ def load(config, method):
     if source in config['stages']:
       continue
     setting = f'config.init_from.{source}'
-    if source == 'vgg_face':
-      nets[net] = vgg.unflatten(_read_weights(given.get(source), setting))
+    if source in weights.REGISTRY:
+      arrays = _read_weights(source, given.get(source), setting)
+      nets[net] = vgg.unflatten(arrays)
       continue
     if not given.get(source):
       raise ValueError(
@@ -46,10 +48,10 @@ def load(config, method):
   return nets
 
 
-def _read_weights(path, setting):
+def _read_weights(name, path, setting):
   """Arrays of a converted file; default: the one that is where it belongs."""
   if not path:
-    return weights.load('vgg_face')
+    return weights.load(name)
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return {k: v for k, v in arrays.items() if k[0] != '_'}

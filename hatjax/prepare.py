@@ -73,9 +73,10 @@ def _parse(argv):
     '(default: 256; synthetic 128)',
   )
   add(
-    '--crop', choices=('face', 'none'),
+    '--crop', choices=('face', 'none', 'track', 'given'),
     help='face: one square around the head per clip; none: whole frames, '
-    'squeezed to a square if resized (default: face)',
+    'squeezed to a square if resized (default: face); voxceleb also has track '
+    'and given, its default',
   )
   add(
     '--subjects', metavar='REGEX',
@@ -252,8 +253,14 @@ def _plan_read(args, module, face_video):
       raise ValueError(
         f'--{name} is for {owner}: leave it out with {args.name}.'
       )
+  crops = getattr(module, 'CROPS', ('face', 'none'))
+  if args.crop not in (None, *crops):
+    raise ValueError(
+      f'--crop {args.crop} is not for {args.name}. Use one of: '
+      f'{", ".join(crops)}.'
+    )
   options = {
-    'crop': args.crop or 'face',
+    'crop': args.crop or crops[0],
     'image_size': 256 if args.image_size is None else args.image_size,
     'subjects': args.subjects,
     **own,

@@ -22,6 +22,7 @@ from hatjax import (
   parallel,
   records,
   settings,
+  sharpening,
   video,
   workdir,
 )
@@ -127,15 +128,17 @@ def check_cascade(named):
   for (before, drafter), (name, method) in zip([('', None), *named], named):
     if drafter is None and getattr(method, 'needs_draft', False):
       raise ValueError(
-        f"config.{name}.model.mode is 'paired': it learns from the drafts of a "
-        'stage before it, and there is none. Train both '
+        f'config.{name}.model.mode is {method.mode!r}: it learns from the '
+        'drafts of a stage before it, and there is none. Train both '
         '(--config <file>:hat_cgan_diff), name a trained run '
-        "(--config.init_from.hat_cgan=<workdir>), or set mode to 'noise'."
+        '(--config.init_from.hat_cgan=<workdir>), or set mode to '
+        f"{'degraded' if method.mode == 'drafts' else 'noise'!r}."
       )
-    if drafter and drafter.image_size != method.image_size:
+    wanted = getattr(method, 'input_size', method.image_size)
+    if drafter and drafter.image_size != wanted:
       raise ValueError(
         f'{before} makes videos of side {drafter.image_size}, {name} refines '
-        f'{method.image_size}. Set config.{name}.data.image_size (and '
+        f'{wanted}. Set config.{name}.data.image_size (and '
         'model.image_size) to the same.'
       )
 
@@ -161,7 +164,11 @@ def load(folder, step=None):
     load_stage(folder, config, name) for name in first
     if methods.makes_video(config[name]['method'])
   ]
-  return Run(config, [*stages, load_stage(folder, config, last, step)])
+  stages.append(load_stage(folder, config, last, step))
+  if not hasattr(stages[-1].method, 'sharpen'):
+    return Run(config, stages)
+  run = Run(config, stages[:-1]) if stages[:-1] else None
+  return sharpening.Sharpened(run, stages[-1], config)
 
 
 class Run:
@@ -227,6 +234,11 @@ class Run:
     images = np.asarray(images)
     images = images[None] if images.ndim == 3 else images
     self._check_frames('images', images)
+    if 'driving' in self.stages[0].method.reads:
+      raise ValueError(
+        f"{self.stages[0].name} reads 'driving', which a face alone lacks. "
+        'Pass --driving clip.mp4 (in Python: hatjax.driving.drive).'
+      )
     if 'draft' in self.stages[0].method.reads:
       raise ValueError(
         f'This run has no stage before {self.stages[0].name}: it refines '

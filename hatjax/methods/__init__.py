@@ -13,6 +13,8 @@ from hatjax.methods import (
   fev_gan,
   hat_cgan,
   identity_encoder,
+  motion_transfer,
+  super_resolution,
   video_diffusion,
 )
 
@@ -21,6 +23,8 @@ METHODS = {
   'fev_gan': fev_gan.FEVGAN,
   'hat_cgan': hat_cgan.HatCGAN,
   'identity_encoder': identity_encoder.IdentityEncoder,
+  'motion_transfer': motion_transfer.MotionTransfer,
+  'super_resolution': super_resolution.SuperResolution,
   'video_diffusion': video_diffusion.VideoDiffusion,
 }
 
