@@ -88,7 +88,7 @@ def _model(preset, image_size):
       'eid_taps': net['taps'], 'eid_depths': net['depths'],
       'eid_width': net['width'], 'dec_arch': 'up16', 'head': 'warp',
       'dec_width': 64, 'norm': 'group', 'ema_decay': 0.999,
-      'eid_dropout': 0.5,
+      'eid_dropout': 0.5, 'lambda_gan': 0.25,
     }
   if preset == 'tiny':
     model |= dict(
