@@ -28,7 +28,8 @@ def imitate(method, state, batch, rng, alpha='profile'):
     method: see `hatjax.methods`.
     state: TrainState.
     batch: video float32 [B, T, H, W, 3] in [-1, 1], neutral first; time
-      [B, T]; label int32 [B]; draft, where the method reads it.
+      [B, T]; label int32 [B]; draft, where the method reads it, and the noise
+      to start from, if it is to be known.
     rng: key.
     alpha: where intensities come from, for methods that have them: a sweep
       of `intensity`, or 'inferred' from the frames themselves.
@@ -38,7 +39,7 @@ def imitate(method, state, batch, rng, alpha='profile'):
   """
   real, time = batch['video'], batch['time']
   known = {**batch, 'image': real[:, 0], 'driving': real}
-  inputs = {key: known[key] for key in method.reads if key in known}
+  inputs = {k: known[k] for k in (*method.reads, 'noise') if k in known}
   if alpha == 'inferred' and hasattr(method, 'infer'):
     inputs['alpha'] = method.infer(state, known)
   elif hasattr(method, 'sweep_alpha'):
@@ -100,8 +101,8 @@ def make_scorer(method, previous=None):
   Args:
     method: see `hatjax.methods`.
     previous: (name, method, state) of the stage that makes the drafts of a
-      method that reads them; without one it gets the real clips, and its
-      scores say what refining costs them.
+      method that reads them; without one it gets the real clips, noised, and
+      its scores say what is left of the noise.
 
   Returns:
     (state, clip uint8 [T, H, W, 3], n, label) -> dict of per-frame PSNR in dB
@@ -120,9 +121,13 @@ def make_scorer(method, previous=None):
     }
     rng, out = jax.random.key(0), {}
     psnr = lambda x: metrics.psnr(x[0], real[0])
-    if 'draft' in method.reads:
+    if 'draft' in method.reads and previous is None:
       batch['draft'] = real
-    if previous is not None and 'draft' in batch:
+      if hasattr(method, 'add_noise'):
+        batch['noise'] = jax.random.normal(rng, real.shape)
+        noised = jnp.clip(method.add_noise(real, batch['noise']), -1, 1)
+        out |= {'psnr_noised': psnr(noised), 'draft': video.to_uint8(noised[0])}
+    elif 'draft' in method.reads:
       draft = make_draft(previous.method, frozen, batch, rng, 'profile')
       batch['draft'] = draft
       out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}

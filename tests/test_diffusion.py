@@ -506,6 +506,41 @@ def test_variants_step_and_animate(changes):
   assert ('label' in method.reads) == bool(method.num_labels)
 
 
+def test_paired_mode_diffuses_what_the_draft_lacks():
+  method = make(
+    **SMALL, mode='paired', prediction='v', loss='l2', strength=0.5,
+    num_sample_steps=2, draft_error=0.1, min_snr_gamma=0.0,
+  )
+  batch, noise = toy_batch(), normal(3, 2, 3, 8, 8, 3)
+  state = method.init(jax.random.key(0), batch)  # says 0 to everything
+  real, draft = (batch[k][:, 1:] for k in ('video', 'draft'))
+  t = np.array([3, 9])
+  signal, sigma = (
+    np.reshape(x[t], (2, 1, 1, 1, 1)) for x in method.noise_schedule
+  )
+  task = {
+    'x0': real, 'draft': draft, 'noise': noise, 't': t, 'label': batch['label']
+  }
+  loss, metrics = jax.jit(method.denoiser_loss)(
+    state.params['denoiser'], task
+  )
+  error = (signal * noise - sigma * (real - draft) / 0.1) ** 2
+  np.testing.assert_allclose(loss, error.mean(), rtol=1e-5)
+  mse = ((real - draft) ** 2).mean((1, 2, 3, 4))
+  np.testing.assert_allclose(
+    metrics['psnr/draft'], (10 * np.log10(4 / mse)).mean(), rtol=1e-5
+  )
+  # One step from half of the levels: of x_t = sigma noise, signal x_t is x_0.
+  draft = 0.5 * draft
+  got = jax.jit(method.animate, static_argnums=3)(
+    state, {'draft': draft, 'noise': noise}, jax.random.key(0), 3
+  )
+  half = method.num_noise_steps // 2
+  signal, sigma = (x[half] for x in method.noise_schedule)
+  want = np.clip(draft + 0.1 * signal * sigma * noise, -1, 1)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_paired_mode_asks_for_its_draft(tiny):
   _, state, _ = tiny
   method, batch = make(**SMALL, mode='paired'), toy_batch()
@@ -524,6 +559,7 @@ def test_paired_mode_asks_for_its_draft(tiny):
   (dict(prediction='noise'), 'eps, x0, v'),
   (dict(sampler='ddpm'), 'ancestral'),
   (dict(strength=1.5), 'model.strength'),
+  (dict(draft_error=0.0), 'model.draft_error'),
   (dict(dim_mults=(1,) * 6), 'multiple of 32'),
   (dict(dim=12), 'multiple of 8'),
 ])

@@ -22,25 +22,53 @@ def normal(seed, *shape):
 # -- convolutions -------------------------------------------------------------
 
 
-@pytest.mark.parametrize('nd', [1, 2, 3])
+def same_conv(x, kernel):
+  return layers.correlate(x, kernel, 1)
+
+
+@pytest.mark.parametrize('nd, form', [
+  (1, 'taps'), (2, 'taps'), (3, 'taps'), (2, 'cells'), (3, 'cells'),
+  (2, 'filter'),
+])
 @pytest.mark.parametrize('kernel', [3, 4])
-@pytest.mark.parametrize('op', [layers.downsample_conv, layers.upsample_conv])
-@pytest.mark.parametrize('sides', [(4, 2, 4), (12, 6, 10)])  # small, large
-def test_rewritten_convolution_equals_plain(sides, op, kernel, nd):
-  x = normal(0, 2, *sides[:nd], 3)
-  w = 0.1 * normal(1, *(kernel,) * nd, 3, 5)
+@pytest.mark.parametrize(
+  'op', [layers.downsample_conv, layers.upsample_conv, same_conv]
+)
+def test_rewritten_convolution_equals_plain(op, kernel, nd, form, monkeypatch):
+  features = layers.FEW + 1
+  x = normal(0, 2, *(8, 4, 6)[:nd], 3)
+  w = 0.1 * normal(1, *(kernel,) * nd, 3, features)
+  if form != 'taps':
+    monkeypatch.setattr(layers, 'SMALL', 2)
+  if form == 'filter':
+    monkeypatch.setattr(layers, '_filter_pays', lambda *_: True)
 
   def run(name):
-    with layers.lowering(name):
-      loss = lambda x, w: jnp.sum(jnp.sin(op(x, w)))
-      grads = jax.jit(jax.grad(loss, (0, 1)))(x, w)
-      return jax.jit(op)(x, w), *grads
+    def step(x, w):
+      y, pull = jax.vjp(op, x, w)
+      return y, *pull(jnp.sin(y))
 
-  for plain, rewritten in zip(run('plain'), run('rewritten')):
-    assert plain.shape == rewritten.shape
+    with layers.lowering(name):
+      text = jax.jit(step).lower(x, w).as_text()
+      return text, *jax.jit(step)(x, w)
+
+  (_, *plain), (text, *others) = run('plain'), run('rewritten')
+  direct = form == 'cells' or (op is same_conv and form != 'filter')
+  assert ('stablehlo.convolution' in text) == direct
+  for one, other in zip(plain, others):
+    assert one.shape == other.shape
     # A gradient of the kernel sums thousands of terms.
-    atol = max(2e-5, 1e-6 * np.abs(plain).max())
-    np.testing.assert_allclose(plain, rewritten, atol=atol, rtol=1e-5)
+    atol = max(2e-5, 3e-6 * np.abs(one).max())
+    np.testing.assert_allclose(one, other, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize('r', layers.TILES)
+def test_minimal_filters_are_convolutions(r):
+  m = layers.TILES[r]
+  a, g, b = layers._minimal_filter(m, r)
+  x, k = np.random.default_rng(0).normal(size=(2, m + r - 1))
+  y = a @ ((g @ k[:r]) * (b @ x))
+  np.testing.assert_allclose(y, np.correlate(x, k[:r], 'valid'), rtol=1e-5)
 
 
 def test_downsample_conv_equals_scipy():

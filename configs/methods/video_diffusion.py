@@ -67,6 +67,7 @@ def _model(preset, image_size):
     min_snr_gamma=5.0,            # 0: none
     label_dropout=0.1,            # share of clips that see the null label
     image_fraction=0.2,           # share of clips seen as stills
+    draft_error=0.05,             # drafts' deviation; the unit of paired
     strength=0.15,                # share of the levels a draft is noised by
     sampler='ddim',               # or ancestral
     num_sample_steps=64,          # from pure noise; a draft needs its share

@@ -4,8 +4,9 @@ The DIFF of HAT-cGAN-DIFF (Hung, Duy, Huy), Algorithm 1: add Gaussian noise to
 the GAN's video, denoise it with a 3-D U-Net. mode 'noise' is that, as partial
 noising and sampling down from there (SDEdit, Meng et al. 2022): the net learns
 real clips alone and can only pull a draft towards them. mode 'paired', an
-extension (after SR3, Saharia et al. 2021), also shows the net the draft, so
-that it learns what drafts get wrong.
+extension (after SR3, Saharia et al. 2021), learns what drafts get wrong: shown
+the draft, it diffuses (real - draft) / draft_error, which has deviation 1, and
+adds to the draft what it samples.
 """
 
 import dataclasses
@@ -53,6 +54,7 @@ class VideoDiffusion:
   min_snr_gamma: float = 0.0
   label_dropout: float = 0.1
   image_fraction: float = 0.2
+  draft_error: float = 0.05
   strength: float = 0.15
   sampler: str = 'ddim'
   num_sample_steps: int = 64
@@ -86,6 +88,11 @@ class VideoDiffusion:
       raise ValueError(
         f'model.dim {self.dim} is not a multiple of {nets.GROUPS}, as norm '
         "'group' needs. Use norm 'rms' or another dim."
+      )
+    if self.draft_error <= 0:
+      raise ValueError(
+        f'model.draft_error is {self.draft_error}. It must be above 0: the '
+        'usual distance of drafts from real frames, which span -1 to 1.'
       )
     if 'denoiser' not in self.tx:
       raise ValueError('optim lacks a block for: denoiser.')
@@ -197,11 +204,12 @@ class VideoDiffusion:
 
   def denoiser_loss(self, params, task):
     """Weighted error of the predicted noise, x_0 or v; and its metrics."""
-    x0, t, noise = (task[k] for k in ('x0', 't', 'noise'))
-    schedule = self.noise_schedule
+    real, t, noise = (task[k] for k in ('x0', 't', 'noise'))
+    draft, schedule = task.get('draft'), self.noise_schedule
+    x0 = self._to_data(real, draft)
     xt = diffusion.add_noise(schedule, x0, noise, t)
     value = self._predict(
-      params, xt, t, task['label'], task.get('draft'), task.get('isolate')
+      params, xt, t, task['label'], draft, task.get('isolate')
     )
     target = diffusion.make_target(self.prediction, schedule, x0, noise, t)
     error = LOSSES[self.loss](value, target)
@@ -213,11 +221,15 @@ class VideoDiffusion:
     guess, _ = diffusion.to_x0_and_noise(
       self.prediction, schedule, value, xt, t
     )
-    psnr = metrics_lib.psnr(diffusion.limit(guess), x0)
-    return loss.mean(), {
-      'loss/denoise': error.mean(), 'loss/denoiser': loss.mean(),
-      'psnr/train': psnr.mean(),
+    scores = {
+      'loss/denoise': error, 'loss/denoiser': loss,
+      'psnr/train': metrics_lib.psnr(
+        diffusion.limit(self._to_video(guess, draft)), real
+      ),
     }
+    if draft is not None:
+      scores['psnr/draft'] = metrics_lib.psnr(draft, real)
+    return loss.mean(), jax.tree.map(jnp.mean, scores)
 
   def _sorted_clip(self, batch):
     """(video, draft or None), the later frames in the order of time.
@@ -247,10 +259,15 @@ class VideoDiffusion:
       {'params': params}, diffusion.space_to_depth(x, self.patch), t - 1,
       label, isolate,
     )
-    value = diffusion.depth_to_space(value, self.patch)
-    if draft is not None and self.prediction == 'x0':
-      value += draft  # The net, which starts at 0, starts with the draft.
-    return value
+    return diffusion.depth_to_space(value, self.patch)
+
+  def _to_data(self, video, draft):
+    """What is diffused: videos, or how they differ from their drafts."""
+    return video if draft is None else (video - draft) / self.draft_error
+
+  def _to_video(self, x0, draft):
+    """Inverts _to_data."""
+    return x0 if draft is None else draft + self.draft_error * x0
 
   # -- generation ----------------------------------------------------------
 
@@ -277,35 +294,41 @@ class VideoDiffusion:
       )
     rng_start, rng_walk = jax.random.split(rng)
     schedule = self.noise_schedule
-    start = schedule.num_steps
-    if draft is None:
-      known = [inputs[k] for k in ('noise', 'label') if k in inputs]
-      b = known[0].shape[0] if known else 1
-    else:
-      b = draft.shape[0]
-      start = round(self.strength * start)
+    start = self._start(draft)
+    known = [inputs[k] for k in ('draft', 'noise', 'label') if k in inputs]
+    b = known[0].shape[0] if known else 1
     shape = (b, num_frames, self.image_size, self.image_size, 3)
     if draft is not None:
       chex.assert_shape(draft, shape)
     if not start:
       return draft
-    xt = inputs.get('noise')
-    if xt is None:
-      xt = jax.random.normal(rng_start, shape)
-    if start == schedule.num_steps:
-      xt *= schedule.sigma[-1]  # Nothing of a draft.
-    else:
-      xt = diffusion.add_noise(schedule, draft, xt, start)
+    noise = inputs.get('noise')
+    if noise is None:
+      noise = jax.random.normal(rng_start, shape)
+    xt = self.add_noise(draft, noise)
     label = inputs.get('label')
+    draft = draft if self.mode == 'paired' else None
     predict = lambda xt, t: self._guess(
-      state.inference_params('denoiser'), xt, t, label,
-      draft if self.mode == 'paired' else None,
+      state.inference_params('denoiser'), xt, t, label, draft
     )
     count = round(self.num_sample_steps * start / schedule.num_steps)
     times = diffusion.sample_times(start, count)
     eta = SAMPLERS[self.sampler]
-    video = diffusion.sample(predict, schedule, xt, times, rng_walk, eta)
-    return jnp.clip(video, -1, 1)
+    x0 = diffusion.sample(predict, schedule, xt, times, rng_walk, eta)
+    return jnp.clip(self._to_video(x0, draft), -1, 1)
+
+  def _start(self, draft):
+    """The level of noise that a walk starts from."""
+    top = self.noise_schedule.num_steps
+    return top if draft is None else round(self.strength * top)
+
+  def add_noise(self, draft, noise):
+    """What a walk starts from: the draft, or that it lacks nothing, noised;
+    without a draft, noise alone."""
+    schedule, start = self.noise_schedule, self._start(draft)
+    if start == schedule.num_steps or self.mode == 'paired':
+      return noise * schedule.sigma[start]
+    return diffusion.add_noise(schedule, draft, noise, start)
 
   def _guess(self, params, xt, t, label, draft):
     """x_0 as the net sees it, guided, in windows, kept in range.
@@ -338,4 +361,5 @@ class VideoDiffusion:
     x0, _ = diffusion.to_x0_and_noise(
       self.prediction, self.noise_schedule, value, xt, t
     )
-    return diffusion.limit(x0, self.dynamic_threshold)
+    video = self._to_video(x0, draft)
+    return self._to_data(diffusion.limit(video, self.dynamic_threshold), draft)
