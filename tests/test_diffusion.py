@@ -343,15 +343,11 @@ def test_distance_buckets_by_hand():
 
 
 def test_linear_attention_by_hand():
-  x, kernel, out = normal(0, 5, 3), normal(1, 3, 3, 2, 4), normal(2, 2, 4, 3)
+  q, k, v = (normal(i, 1, 3, 2) for i in range(3))
   softmax = lambda x, axis: np.exp(x) / np.exp(x).sum(axis, keepdims=True)
-  expected = 0
-  for head in range(2):
-    q, k, v = (x @ kernel[:, i, head] for i in range(3))
-    weights = softmax(q, 1) @ softmax(k, 0).T / math.sqrt(4)
-    expected += weights @ v @ out[head]
+  weights = softmax(q[0], 1) @ softmax(k[0], 0).T / math.sqrt(2)
   np.testing.assert_allclose(
-    nets.attend_linearly(x, kernel, out), expected, rtol=1e-4, atol=1e-5
+    nets.attend_linearly(q, k, v)[0], weights @ v[0], rtol=1e-5
   )
 
 
