@@ -49,6 +49,7 @@ def parse(arg, default_size, data, default_stages=('hat_cgan',)):
       f'Profiles: {", ".join(PROFILES)}. A number is the image side.'
     )
   preset = named[0] if named else 'default'
+  default_size = getattr(METHODS[stages[-1]], 'IMAGE_SIZE', default_size)
   size = sizes[0] if sizes else (16 if preset == 'tiny' else default_size)
   config = ml_collections.ConfigDict()
   config.seed = 0
@@ -60,6 +61,9 @@ def parse(arg, default_size, data, default_stages=('hat_cgan',)):
   config.stages = stages
   if stages[0] == 'video_diffusion':
     config.init_from = dict(hat_cgan='')
+  names = [n for s in stages for n in getattr(METHODS[s], 'INIT_FROM', ())]
+  if names:
+    config.init_from = dict.fromkeys(names, '')
   for name in stages:
     known = METHODS[name].PRESETS
     nearest = preset if preset in known else preset.split('_')[0]

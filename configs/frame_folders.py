@@ -12,9 +12,13 @@ anti-aliasing, trained and scored on all six.
   python -m hatjax.prepare frame_folders --raw affinegan_sample --crop none \\
     --image_size 0
   python -m hatjax.train --config configs/frame_folders.py:sample
+
+With fev_gan it is the four clips of drumcheeks, happy and surprise, 32 frames
+each: configs/frame_folders.py:sample,identity_encoder,fev_gan
 """
 
 from configs import common
+from configs.methods import fev_gan
 
 
 def get_config(arg=''):
@@ -42,4 +46,13 @@ def get_config(arg=''):
       num_steps=500, log_every=20, ckpt_every=100, sample_every=100,
       val_split='everything', val_clips=6,
     )
+    if name in ('fev_gan', 'identity_encoder'):
+      config[name].data.labels = ('drumcheeks', 'happy', 'surprise')
+      config[name].data.batch_size = 4
+      train.val_clips = 0
+    if name == 'fev_gan':
+      fev_gan.shrink(config[name])
+      config[name].model.eid_dropout = 0.0  # to be known by heart
+    if name == 'identity_encoder':
+      train.num_steps = 50
   return config

@@ -8,6 +8,7 @@ adds the second stage.
 """
 
 from configs import common
+from configs.methods import fev_gan
 
 
 def get_config(arg=''):
@@ -51,6 +52,17 @@ def _size_video_diffusion(stage):
     )
 
 
+def _size_fev_gan(stage):
+  if stage.data.image_size > 64 or stage.model.head != 'warp':
+    stage.data.batch_size = 16
+    stage.train.num_steps = 50_000
+    return
+  fev_gan.shrink(stage)
+  stage.model.update(lambda_gan=0.25, lambda_lips=20.0)
+  stage.train.update(num_steps=600, ckpt_every=100, sample_every=100)
+
+
 _SIZED = {
   'hat_cgan': _size_hat_cgan, 'video_diffusion': _size_video_diffusion,
+  'fev_gan': _size_fev_gan,
 }

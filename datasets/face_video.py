@@ -118,10 +118,8 @@ class FaceVideo(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         fingerprint[clip.id] = record.pop('digest')
         masks[source] = masks.get(source, 0) + 1
         metadata['clips'][clip.id] = {
-          'label': clip.label,
-          'subject': clip.subject,
-          'num_frames': len(record['video']),
-          'still': clip.still,
+          'label': clip.label, 'subject': clip.subject,
+          'num_frames': len(record['video']), 'still': clip.still,
         }
         yield clip.id, record
     if all(clip['still'] for clip in metadata['clips'].values()):
@@ -160,9 +158,11 @@ def features(labels):
 
 
 def config_name(options):
-  """The folder name of options: face-256, none-native, face-256-farthest."""
-  size, half = options['image_size'] or 'native', options.get('half', 'first')
-  return f'{options["crop"]}-{size}-{half}'.removesuffix('-first')
+  """The folder name: crop, size, what is unusual; face-256, none-256-black."""
+  usual = {'half': 'first', 'condition': 'vl_strong', 'background': 'keep'}
+  words = [options['crop'], str(options['image_size'] or 'native')]
+  words += [options[k] for k in usual if options.get(k, usual[k]) != usual[k]]
+  return '-'.join(words)
 
 
 def build(builder_cls, scan, options, raw_digest, data_dir):
@@ -209,10 +209,11 @@ class _Encoded(tfds.decode.Decoder):
 def _check_stored(folder, clips):
   """Reads all records once: a full disk may leave files that look whole."""
   builder = tfds.builder_from_directory(folder)
-  decoders = {'video': _Encoded(), 'lip_mask': _Encoded()}
+  frames = 'times' if 'times' in builder.info.features else 'video'
+  decoders = {k: _Encoded() for k in ('video', 'lip_mask') if frames == 'video'}
   source = builder.as_data_source(SPLIT, decoders=decoders)
   stored = [
-    (example['id'].decode(), len(example['video']))
+    (example['id'].decode(), len(example[frames]))
     for example in map(source.__getitem__, range(len(source)))
   ]
   if stored != [(name, clip['num_frames']) for name, clip in clips.items()]:
@@ -281,13 +282,9 @@ def make_record(clip, options, scan):
   record = {
     'video': [frame.image for frame in done],
     'lip_mask': [frame.mask for frame in done],
-    'label': clip.label,
-    'subject': clip.subject,
-    'id': clip.id,
-    'alpha': [],
-    'landmarks': points,
-    'still': int(clip.still),
-    'facs': clip.facs,
+    'label': clip.label, 'subject': clip.subject, 'id': clip.id,
+    'alpha': [], 'landmarks': points,
+    'still': int(clip.still), 'facs': clip.facs,
   }
   content = [clip.id, clip.label, clip.subject, clip.facs, clip.still]
   content += [frame.digest for frame in done]
@@ -300,8 +297,9 @@ def _plan(clip, options):
   """What is to be done with every frame, from the neutral one."""
   neutral = video.read_image(clip.frames[0])
   own, tracked = clip.masks is not None, clip.landmarks is not None
+  black = options.get('background') == 'black'
   face = None
-  if options['crop'] == 'face' or not (own or tracked):
+  if options['crop'] == 'face' or not (own or tracked) or black:
     face = faces.detect_face(neutral)
   box = None
   if options['crop'] == 'face':
@@ -315,8 +313,10 @@ def _plan(clip, options):
     source = 'landmarks'
   if own:
     source = 'own'
+  if black and face is None and not tracked:
+    raise ValueError('no face found. Use --background keep.')
   size = options['image_size'] or None
-  return _Work(clip, neutral.shape, face, box, size, source)
+  return _Work(clip, neutral.shape, face, box, size, source, black)
 
 
 @dataclasses.dataclass
@@ -340,6 +340,7 @@ class _Work:
   box: tuple | None
   size: int | None
   mask_source: str
+  black: bool = False
 
   def frame(self, t):
     path = self.clip.frames[t]
@@ -356,6 +357,8 @@ class _Work:
       return out
     points = self._points(t, out.skipped)
     mask = faces.binarize(self._place(self._mask(t, points, out.skipped)))
+    if self.black:
+      image = faces.blacken_background(image, self.face, points)
     image = self._place(image)
     if points is not None:
       box = self.box or (0, 0, self.shape[1], self.shape[0])

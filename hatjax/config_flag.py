@@ -45,7 +45,7 @@ def _check(argv):
       raise ValueError(f'Pass --config. {_known()}')
     return
   head, path, argument = _split(argv[index])
-  path = _resolve(path)
+  path = resolve(path)
   argv[index] = f'{head}{path}:{argument}' if argument else f'{head}{path}'
   get_config = runpy.run_path(path)['get_config']
   config = get_config(argument) if argument else get_config()
@@ -72,8 +72,8 @@ def _split(word):
   return head, path, argument
 
 
-def _resolve(path):
-  """The file itself, or the one that came with hatjax."""
+def resolve(path):
+  """The config file itself, or the one that came with hatjax."""
   if pathlib.Path(path).is_file():
     return path
   folder = _folder()

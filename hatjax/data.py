@@ -24,7 +24,7 @@ from hatjax import records as records_lib
 from hatjax import settings
 from hatjax import video as video_lib
 
-FRAMES = ('random', 'even', 'window')
+FRAMES = ('random', 'even', 'blend', 'window', 'any')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
 
 
@@ -73,6 +73,13 @@ class Batches:
   def _pick(self, position, rng):
     """The neutral frame and K others; see `make_batches`."""
     n, k = self.clips[position].num_frames, self.num_frames
+    if self.frames == 'any':
+      frames = rng.integers(0, n, 1 + k).astype(np.int32)
+      return {'clip': np.int32(position), 'frames': frames}
+    if self.frames == 'blend':
+      at = np.linspace(0, n - 1, 1 + k, dtype=np.float32)
+      pair = np.stack([np.floor(at), np.ceil(at)]).astype(np.int32)
+      return {'clip': np.int32(position), 'frames': pair.ravel(), 'at': at}
     if self.frames == 'even':
       later = np.linspace(0, n - 1, 1 + k)[1:].round()
     elif self.frames == 'window':
@@ -88,11 +95,13 @@ class Batches:
 
   def _describe(self, pick):
     clip = self.clips[pick['clip']]
-    return {
-      'time': (pick['frames'] / (clip.num_frames - 1)).astype(np.float32),
+    at = pick.get('at', pick['frames'])
+    known = {
+      'time': (at / (clip.num_frames - 1)).astype(np.float32),
       'label': np.int32(clip.label),
       'subject': np.int32(clip.subject),
     }
+    return known | ({'at': at} if 'at' in pick else {})
 
   @functools.cached_property
   def _cached_frame(self):
@@ -154,9 +163,9 @@ class Batches:
       return {}
     videos, masks = [], []
     for clip in self.clips:
-      video, mask = self.records.read(clip, range(clip.num_frames))
-      videos += [self._fit(frame) for frame in video]
-      masks += [self._fit(m) for m in mask]
+      for frame, mask in self.records.frames(clip, range(clip.num_frames)):
+        videos.append(self._fit(frame))
+        masks.append(self._fit(mask))
     return {'video': np.stack(videos), 'lip_mask': np.stack(masks)}
 
   def prepare(self, batch, resident, rng):
@@ -176,6 +185,8 @@ class Batches:
       batch = dict(batch)
       frames = batch.pop('frames')
       batch |= {key: value[frames] for key, value in resident.items()}
+    if 'at' in batch:
+      batch = _blend_pairs(batch)
     pixels = jnp.concatenate([batch['video'], batch['lip_mask']], -1)
     keys = jax.random.split(rng, pixels.shape[0])
     pixels = jax.vmap(self._crop_and_flip)(pixels, keys)
@@ -226,8 +237,12 @@ class Batches:
       faces[clip.subject_name] = self._fit(frame, self.image_size)
     return faces
 
-  def whole_clips(self, limit=None):
+  def whole_clips(self, limit=None, skip=None):
     """Whole clips, or `limit` of them, as they are but for their size.
+
+    Args:
+      limit: how many, always the same ones.
+      skip: takes (id, error) of a clip that cannot be read; else it is raised.
 
     Yields:
       dict: id, label (int), subject (its name), video uint8 [T, S, S, 3].
@@ -236,10 +251,29 @@ class Batches:
     order = np.random.default_rng(0).permutation(len(self.clips))
     for index in sorted(order[: limit or None]):
       clip = self.clips[index]
-      video, _ = self.records.read(clip, range(clip.num_frames))
-      video = np.stack([self._fit(f, self.image_size) for f in video])
+      try:
+        frames = self.records.frames(clip, range(clip.num_frames))
+        video = np.stack([self._fit(f, self.image_size) for f, _ in frames])
+      except Exception as error:  # decoders of damaged bytes raise anything
+        if skip is None:
+          raise
+        skip(clip.id, error)
+        continue
       known = {'id': clip.id, 'label': clip.label}
       yield {**known, 'subject': clip.subject_name, 'video': video}
+
+
+def _blend_pairs(batch):
+  """Frames between two, by their places `at` [B, T]: of [B, 2 T, H, W, C] the
+  first T come before them, the others after. Masks are the nearer one's."""
+  batch = dict(batch)
+  share = batch.pop('at') % 1
+  share = share[..., None, None, None]
+  before, after = jnp.split(batch['video'].astype(jnp.float32), 2, 1)
+  mixed = jnp.rint(before + share * (after - before))
+  masks = jnp.split(batch['lip_mask'], 2, 1)
+  mask = jnp.where(share < 0.5, *masks)
+  return batch | {'video': mixed.astype(jnp.uint8), 'lip_mask': mask}
 
 
 def example_batch(image_size, batch_size, num_frames):
@@ -269,8 +303,10 @@ def make_batches(
     batch_size: clips per step, over all devices.
     num_frames: K frames per clip besides the neutral one.
     frames: 'random' draws these anew for every step; 'even' spreads them over
-      the whole clip, in the order of time, the last one among them; 'window'
-      over any part of K frames or more, the neutral one perhaps among them.
+      the whole clip, in the order of time, the last one among them (the
+      nearest there is; 'blend' mixes the two that are nearest); 'window' over
+      any part of K frames or more, the neutral one perhaps among them; 'any'
+      draws 1 + K frames, none of which need be the neutral one.
     include_last: the K-th is always the clip's last frame, the apex.
     seed: of the order and the picks.
     load_size: side after resizing, before the random crop; 0 for

@@ -1,31 +1,49 @@
-"""Scores a trained run on a split of its records.
+"""Scores a trained run, or any folder of videos, against real ones.
 
   python -m hatjax.evaluate --workdir runs/a --split test
+  python -m hatjax.evaluate --generated made/ --real clips/
+  python -m hatjax.evaluate --compare runs/a,runs/b
+  python -m hatjax.evaluate --ablation configs/synthetic.py
 
 Every clip is made anew from its first frame and label, then compared with the
-real one, frame by frame. Beside it stand two rows that need no model: `copy`
-repeats the first frame, `blend` fades from the first real frame to the last.
+real one, frame by frame. Beside it stand rows that need no model: `real`
+against itself; `copy` repeats the first frame; `blend` fades from the first
+real frame to the last (it has seen the answer); and `temporal mean`, every
+frame of the draft averaged with its neighbours. Everything goes into a folder:
+report.html, report.md, scores.json (every setting, every clip), strips, videos.
 """
 
-import itertools
-import json
 import pathlib
 import sys
+from importlib import metadata
 
 import jax
 import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from hatjax import data, metrics, runs, video, workdir
+from hatjax import (
+  ablation,
+  comparison,
+  data,
+  driving,
+  extractors,
+  face_embedding,
+  metrics,
+  runs,
+  score_report,
+  scores,
+  video,
+  workdir,
+)
 
 PROTOCOLS = ('profile', 'linear', 'oracle')
-RESAMPLES = 1000
 
 
 def evaluate(
   run, split='test', protocols=('profile',), strengths=(), *,
   num_sample_steps=None, num_clips=0, directory=None, ssim='gaussian', seed=0,
+  sizes=(), faces='auto', classifier=None, nets=True, keep=None,
 ):
   """Scores of a run, and of what needs none.
 
@@ -39,80 +57,234 @@ def evaluate(
     directory: where the records live; see `records.data_dir`.
     ssim: window, see `metrics.ssim`.
     seed: of the noise and the bootstrap.
+    sizes: sides that clips are also shrunk to and scored at.
+    faces: face embedding, see `face_embedding.make`; the workdir of a
+      face_classifier run for its identity code; 'none'.
+    classifier: workdir of a face_classifier run that names expressions.
+    nets: whether Inception, LPIPS and video features are computed where their
+      weights are there.
+    keep: takes (clip dict, {row: video}) of every clip, e.g. to show it.
 
   Returns:
-    dict: settings, n clips and subjects, rows {name: {score: {mean, low,
-    high}}}, low and high being the bootstrap's 95 % interval over clips, and
-    clips {row: {score: [value of each clip]}}. PSNR in dB and SSIM are means
-    over all frames but the first (`blend`: nor the last, which it has by
-    right), psnr_last and ssim_last those of the last; flicker is the mean
-    absolute second difference in time (levels of 0..255) and flicker_error
-    its distance to the real clip's; sharpness is the gradient energy over the
-    real frames'. `alpha` holds the Spearman correlation, of each clip, of the
-    inferred with the true intensity, or with time where that is unknown.
+    dict: settings, n clips and subjects, skipped clips, rows {name: {score:
+    {mean, low, high, n}}}, low and high being the bootstrap's 95 % interval
+    over clips, clips {row: {score: [value of each clip]}}, ids, not_computed
+    {score: why}. `scores.COLUMNS` says what the scores are; psnr and ssim are
+    means over all frames but the first (`blend`: nor the last, which it has
+    by right). The row `alpha` holds the Spearman correlation, of each clip,
+    of the intensity inferred from the real frames with the true one, or with
+    time where that is unknown.
 
   Raises:
     ValueError: unknown split or protocol; a run that cannot refine.
   """
+  infer = _make_infer(run)
+  _check(run, protocols, strengths, infer)
+  block = dict(run.config[run.config['stages'][-1]]['data'])
+  batches = data.make_batches(
+    **{**block, 'split': split, 'directory': directory}
+  )
+  labels = run.config['info']['labels']
+  parts = extractors.gather(
+    faces, classifier and _load(classifier), _identity(faces), labels, nets
+  )
+  scorer = scores.Scorer(
+    ssim=ssim, sizes=tuple(sizes), infer=infer, seed=seed, **parts.arguments
+  )
+  orders, subjects, skipped = [], set(), []
+  count = min(num_clips or len(batches.clips), len(batches.clips))
+  found = batches.whole_clips(
+    num_clips or None, lambda name, error: skipped.append(f'{name}: {error}')
+  )
+  for clip in tqdm.tqdm(found, 'evaluating', count, file=sys.stderr):
+    real = clip['video']
+    subjects.add(clip['subject'])
+    alpha = infer and infer(real, clip['label'])
+    made, drafts = _make_rows(
+      run, clip, labels, protocols, strengths, alpha, num_sample_steps, seed
+    )
+    scorer.add(clip['id'], clip['label'], real, made, drafts)
+    if alpha is not None and len(real) > 3:
+      true = batches.records.alphas(batches.records.clips[clip['id']])
+      true = true if len(true) == len(real) else np.arange(len(real))
+      orders.append(metrics.spearman(alpha[1:], true[1:]))
+    if keep:
+      keep({**clip, 'label_name': labels[clip['label']]}, made)
+  result = scorer.result()
+  if orders:
+    result['rows']['alpha'] = {'spearman': metrics.bootstrap(orders, seed)}
+    result['clips']['alpha'] = {'spearman': orders}
+  settings = {
+    'split': split, 'records': block['name'], 'image_size': batches.image_size,
+    'protocols': list(protocols), 'strengths': list(strengths),
+    'num_sample_steps': num_sample_steps, 'num_clips': num_clips,
+    'notes': dict(getattr(run.method, 'notes', {})),
+  } | _describe(run)
+  return _finish(result, settings, scorer, parts, len(subjects), skipped)
+
+
+def _check(run, protocols, strengths, infer):
+  """ValueError unless the run can be scored that way."""
   for protocol in protocols:
     if protocol not in PROTOCOLS:
       raise ValueError(
         f'Unknown protocol {protocol!r}. Choose some of: '
         f'{", ".join(PROTOCOLS)}.'
       )
-  block = dict(run.config[run.config['stages'][-1]]['data'])
-  batches = data.make_batches(
-    **{**block, 'split': split, 'directory': directory}
-  )
-  infer = _make_infer(run)
+  if strengths and len(run.stages) < 2:
+    raise ValueError(
+      '--refine: this run has no stage that refines. Leave it out.'
+    )
   if 'oracle' in protocols and infer is None:
     raise ValueError(
       'protocol oracle: this run infers no intensity. Use profile.'
     )
-  variants = list(itertools.product(protocols, strengths or (None,)))
-  clips, orders, subjects = {}, [], set()
-  count = min(num_clips or len(batches.clips), len(batches.clips))
-  found = batches.whole_clips(num_clips or None)
-  for clip in tqdm.tqdm(found, 'evaluating', count, file=sys.stderr):
-    real, subject = clip['video'], clip['subject']
-    subjects.add(subject)
-    alpha = infer and infer(real, clip['label'])
-    made = _baselines(real)
-    for protocol, strength in variants:
+
+
+def _describe(run):
+  """What a result must remember of its run."""
+  return {
+    'workdir': str(getattr(run, 'folder', '')), 'step': run.step,
+    'stages': list(run.config['stages']),
+    'fingerprint': run.config['info']['fingerprint'],
+    'config': {name: run.config[name] for name in run.config['stages']},
+  }
+
+
+def evaluate_folders(
+  generated, real, *, ssim='gaussian', seed=0, sizes=(), faces='auto',
+  nets=True, num_clips=0, keep=None,
+):
+  """Scores of videos of anybody's making; see `evaluate`.
+
+  Args:
+    generated: folder of videos, or of folders of pictures.
+    real: the same with the real ones, by the same names (endings aside).
+    ssim, seed, sizes, faces, nets, num_clips, keep: see `evaluate`.
+
+  Returns:
+    As `evaluate`. Frame i of F is compared with the real one of N that is
+    nearest in time, round(i (N - 1) / (F - 1)), shrunk or enlarged to the
+    generated size.
+
+  Raises:
+    ValueError: no such folders, no common names.
+  """
+  ours, theirs = _list_videos(generated), _list_videos(real)
+  names = [name for name in ours if name in theirs]
+  if not names:
+    raise ValueError(
+      f'{generated} and {real} have no video of the same name. They have '
+      f'{", ".join(list(ours)[:3])}, ... and {", ".join(list(theirs)[:3])}, ...'
+    )
+  skipped = [
+    f'{name}: no {"real" if name in ours else "generated"} video'
+    for name in sorted(ours.keys() ^ theirs.keys())
+  ]
+  parts = extractors.gather(faces, None, _identity(faces), (), nets)
+  parts.absent['recognised'] = 'not computed: folders tell no labels'
+  parts.absent['alpha_order'] = 'not computed: needs --workdir'
+  scorer = scores.Scorer(
+    ssim=ssim, sizes=tuple(sizes), seed=seed, **parts.arguments
+  )
+  names = names[: num_clips or None]
+  for name in tqdm.tqdm(names, 'evaluating', file=sys.stderr):
+    try:
+      fake, truth = _read_pair(ours[name], theirs[name])
+    except ValueError as error:
+      skipped.append(f'{name}: {error}')
+      continue
+    made = scores.baselines(truth) | {'generated': fake}
+    scorer.add(name, None, truth, made)
+    if keep:
+      keep({'id': name, 'label_name': '', 'video': truth}, made)
+  if not scorer.ids:
+    raise ValueError(f'No pair could be read: {skipped[0]}')
+  settings = {'generated': str(generated), 'real': str(real)}
+  return _finish(scorer.result(), settings, scorer, parts, None, skipped)
+
+
+def _load(folder):
+  run = runs.load(folder)
+  run.folder = folder
+  return run
+
+
+def _identity(faces):
+  """The run whose identity code `faces` asks for, or None."""
+  is_run = (pathlib.Path(faces) / 'config.json').is_file()
+  return _load(faces) if is_run else None
+
+
+def _read_pair(generated, real):
+  """Two videos uint8 [T, H, W, 3] of the generated one's size and length."""
+  fake, truth = video.read_video(generated)[0], video.read_video(real)[0]
+  times = np.linspace(0, len(truth) - 1, len(fake)).round().astype(int)
+  return fake, video.resize(truth[times], fake.shape[1:3])
+
+
+def _list_videos(folder):
+  """{name without its ending: path} of the videos in a folder."""
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise ValueError(f'{folder} is not a folder. Pass one with videos in it.')
+  return {
+    (path.name if path.is_dir() else path.stem): path
+    for path in sorted(folder.iterdir()) if path.name[0] != '.'
+  }
+
+
+def _finish(result, settings, scorer, parts, subjects, skipped):
+  """The result with its settings and counts."""
+  settings |= {
+    'ssim': scorer.ssim, 'sizes': ['native', *scorer.sizes],
+    'resize': 'areas (OpenCV INTER_AREA)', 'psnr_cap': scores.PSNR_CAP,
+    'seed': scorer.seed, 'bootstrap_resamples': 1000,
+    'acd_frames': scores.ACD_FRAMES, 'extractors': parts.described,
+    'versions': {
+      name: metadata.version(name)
+      for name in ('hatjax', 'jax', 'dm-pix', 'opencv-python-headless')
+    },
+    'device': jax.devices()[0].device_kind,
+  }
+  n = {
+    'clips': len(scorer.ids), 'subjects': subjects, 'skipped': len(skipped)
+  }
+  return {'settings': settings, 'n': n, 'skipped': skipped, **result}
+
+
+def _make_rows(
+  run, clip, labels, protocols, strengths, alpha, num_sample_steps, seed
+):
+  """({row: video}, {row: the draft it refined}) of a clip."""
+  real = clip['video']
+  cascade = len(run.stages) > 1
+  made, drafts = scores.baselines(real), {}
+  if 'driving' in run.stages[0].method.reads:  # Every clip drives its first.
+    frames = driving.drive(run, real[0], real, motion='absolute')
+    return made | {'reenacted': np.stack(list(frames))}, {}
+
+  def make(protocol, strength):
+    return run.animate(
+      real[0], labels[clip['label']], num_frames=len(real),
+      sweep='linear' if protocol == 'linear' else 'profile',
+      alpha=alpha[None] if protocol == 'oracle' else None, seed=seed,
+      refine=strength,
+      num_sample_steps=None if strength == 0 else num_sample_steps,
+    )[0]
+
+  for protocol in protocols:
+    draft = make(protocol, 0 if cascade else None)
+    made[f'{protocol} temporal mean'] = scores.temporal_mean(draft)
+    for strength in strengths or (None,):
       name = ' '.join(
         [protocol, *([] if strength is None else [f'refine {strength:g}'])]
       )
-      made[name] = run.animate(
-        real[0], run.config['info']['labels'][clip['label']],
-        num_frames=len(real),
-        sweep='linear' if protocol == 'linear' else 'profile',
-        alpha=alpha[None] if protocol == 'oracle' else None, seed=seed,
-        refine=strength, num_sample_steps=num_sample_steps,
-      )[0]
-    for name, fake in made.items():
-      for score, value in _scores(fake, real, name == 'blend', ssim).items():
-        clips.setdefault(name, {}).setdefault(score, []).append(value)
-    if alpha is not None and len(real) > 3:
-      true = batches.records.alphas(batches.records.clips[clip['id']])
-      true = true if len(true) == len(real) else np.arange(len(real))
-      orders.append(spearman(alpha[1:], true[1:]))
-  if orders:
-    clips['alpha'] = {'spearman': orders}
-  rng = np.random.default_rng(seed)
-  return {
-    'settings': {
-      'split': split, 'step': run.step, 'records': block['name'],
-      'fingerprint': run.config['info']['fingerprint'],
-      'image_size': batches.image_size, 'ssim': ssim, 'seed': seed,
-      'num_sample_steps': num_sample_steps,
-    },
-    'n': {'clips': count, 'subjects': len(subjects)},
-    'rows': {
-      name: {score: _interval(values, rng) for score, values in row.items()}
-      for name, row in clips.items()
-    },
-    'clips': clips,
-  }
+      is_draft = strength == 0 or not cascade
+      made[name] = draft if is_draft else make(protocol, strength)
+      if cascade:
+        drafts[name] = draft
+  return made, drafts
 
 
 def _make_infer(run):
@@ -128,95 +300,27 @@ def _make_infer(run):
       state, {'image': frames[:, 0], 'driving': frames, 'label': label[None]}
     )[0]
 
-  return lambda real, label: np.asarray(infer(state, real, np.int32(label)))
+  def padded(real, label):
+    # Few shapes, so that clips of all lengths share a program.
+    n = len(real)
+    real = np.concatenate([real, real[-1:].repeat(-n % 16, 0)])
+    return np.asarray(infer(state, real, np.int32(label)))[:n]
 
-
-def _baselines(real):
-  """What needs no model: uint8 [T, S, S, 3] each."""
-  share = np.linspace(0, 1, len(real))[:, None, None, None]
-  blend = np.rint((1 - share) * real[0] + share * real[-1])
-  return {
-    'copy': np.repeat(real[:1], len(real), 0), 'blend': blend.astype(np.uint8),
-  }
-
-
-def _scores(fake, real, has_last, ssim):
-  """{score: value} of a clip, uint8 [T, S, S, 3] both."""
-  a, b = (video.to_float(x) for x in (fake, real))
-  psnr, similar = jax.device_get(
-    (metrics.psnr(a, b), metrics.ssim(a, b, ssim))
-  )
-  shown = slice(1, len(real) - 1 if has_last and len(real) > 2 else None)
-  scores = {'psnr': psnr[shown].mean(), 'ssim': similar[shown].mean()}
-  if not has_last:
-    scores |= {'psnr_last': psnr[-1], 'ssim_last': similar[-1]}
-  if len(real) > 2:
-    ours, theirs = (127.5 * metrics.flicker(x[None])[0] for x in (a, b))
-    scores |= {'flicker': ours, 'flicker_error': abs(ours - theirs)}
-  ours, theirs = (metrics.gradient_energy(x[None, 1:])[0] for x in (a, b))
-  scores['sharpness'] = ours / theirs
-  return {name: float(value) for name, value in scores.items()}
-
-
-def spearman(a, b):
-  """Rank correlation; ties share their mean rank. nan for a constant."""
-  ranks = []
-  for values in (a, b):
-    _, index, counts = np.unique(
-      values, return_inverse=True, return_counts=True
-    )
-    ranks.append((np.cumsum(counts) - (counts - 1) / 2)[index])
-  if any(np.ptp(r) == 0 for r in ranks):
-    return float('nan')
-  return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _interval(values, rng):
-  """Mean and its bootstrap 95 % interval."""
-  values = np.array(values)
-  drawn = rng.integers(0, len(values), (RESAMPLES, len(values)))
-  low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
-  return {'mean': values.mean(), 'low': low, 'high': high}
-
-
-def table(result):
-  """Markdown: one row each, means, PSNR with its interval."""
-  columns = {
-    'psnr': '.2f', 'ssim': '.4f', 'psnr_last': '.2f', 'ssim_last': '.4f',
-    'flicker': '.2f', 'flicker_error': '.2f', 'sharpness': '.2f',
-  }
-  lines = [
-    '| | ' + ' | '.join(columns) + ' |', '|---' * (1 + len(columns)) + '|'
-  ]
-  for name, row in result['rows'].items():
-    cells = []
-    for score, form in columns.items():
-      value = row.get(score)
-      cell = '' if value is None else format(value['mean'], form)
-      if value and score == 'psnr':
-        cell += f' ({value["low"]:.2f} to {value["high"]:.2f})'
-      cells.append(cell)
-    if name != 'alpha':
-      lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-  if 'alpha' in result['rows']:
-    orders = result['clips']['alpha']['spearman']
-    lines.append(
-      f'\nInferred alpha, Spearman with the true one: mean '
-      f'{np.mean(orders):.3f}, median {np.median(orders):.3f}, lowest '
-      f'{np.min(orders):.3f}.'
-    )
-  n = result['n']
-  lines.append(
-    f'\n{n["clips"]} clips of {n["subjects"]} people, '
-    f'{result["settings"]["split"]}, step {result["settings"]["step"]}.'
-  )
-  return '\n'.join(lines)
+  return padded
 
 
 def _define():
   """The flags; not when imported, since other commands share their names."""
   integer, string = flags.DEFINE_integer, flags.DEFINE_string
   string('workdir', None, 'Folder of the run.')
+  string('generated', None, 'Folder of videos to score instead of a run.')
+  string('real', None, 'The real videos, by the same names.')
+  flags.DEFINE_list('compare', [], 'Folders of runs: one table of all.')
+  string(
+    'ablation', None, 'A config such as configs/synthetic.py: trains its '
+    'variants under --workdir (resumes what is there) and compares them.',
+  )
+  integer('ablation_steps', 300, 'Of each variant.', lower_bound=1)
   string('split', 'test', 'A named split of the records.')
   flags.DEFINE_list(
     'protocol', ['profile'],
@@ -238,11 +342,81 @@ def _define():
     lower_bound=0,
   )
   string('data_dir', None, 'Where the records live; see hatjax.train.')
+  _define_scores()
+
+
+def _define_scores():
+  """Flags of what is scored, and where it is written."""
+  integer, string = flags.DEFINE_integer, flags.DEFINE_string
   flags.DEFINE_enum(
     'ssim', 'gaussian', sorted(metrics.WINDOWS), 'Window of SSIM.'
   )
+  flags.DEFINE_list(
+    'sizes', ['native', '128', '64'],
+    'Sides to score at; only smaller ones than the clips have count.',
+  )
+  string(
+    'faces', 'auto', f'Face embedding of ACD: auto, none, '
+    f'{", ".join(face_embedding.NAMES)}, or the folder of a face_classifier '
+    'run.',
+  )
+  string(
+    'classifier', None,
+    'Folder of a face_classifier run, which names the expressions made.',
+  )
+  flags.DEFINE_bool(
+    'nets', True, 'LPIPS, FID, KID, IS, video FID, where weights are there.'
+  )
   integer('seed', 0, 'Of the noise and the bootstrap.')
-  string('out', None, 'Json file; default <workdir>/eval/<split>.json')
+  integer('shown', 6, 'Clips shown in the report.', lower_bound=0)
+  flags.DEFINE_bool(
+    'frames', False, 'Also write every frame scored, frames/<row>/<clip>/*.png'
+  )
+  string(
+    'out', None, 'Folder of the report (default <workdir>/eval/<split>), or a '
+    'json file to write the scores alone.',
+  )
+
+
+def _options(given):
+  """Flags -> keyword arguments that every way of scoring shares."""
+  sizes = [s for s in given.sizes if s != 'native']
+  if not all(s.isdigit() and int(s) > 0 for s in sizes):
+    raise ValueError(f'--sizes {",".join(given.sizes)}: give native or sides.')
+  return dict(
+    ssim=given.ssim, seed=given.seed, sizes=tuple(map(int, sizes)),
+    faces=given.faces, nets=given.nets, num_clips=given.num_clips,
+  )
+
+
+def _score_run(given, folder, out):
+  """Scores a run and writes its report; returns the result."""
+  try:
+    strengths = [float(x) for x in given.refine]
+  except ValueError:
+    raise ValueError(
+      f'--refine {",".join(given.refine)}: give numbers from 0 to 1.'
+    ) from None
+  run = _load(folder)
+  keep = score_report.Gallery(out, given.shown, given.frames)
+  result = evaluate(
+    run, given.split, given.protocol, strengths,
+    num_sample_steps=given.num_sample_steps, directory=given.data_dir,
+    classifier=given.classifier, keep=keep, **_options(given),
+  )
+  _write(result, keep, out, folder)
+  return result
+
+
+def _write(result, gallery, out, folder=None):
+  out = pathlib.Path(out)
+  if out.suffix == '.json':
+    out.parent.mkdir(parents=True, exist_ok=True)
+    workdir.write_atomically(out, score_report.to_json(result))
+    return
+  stages = result['settings'].get('stages', ())
+  curves = [(s, pathlib.Path(folder) / s / 'losses.png') for s in stages]
+  score_report.write(result, gallery, out, curves)
 
 
 def main(argv):
@@ -252,27 +426,64 @@ def main(argv):
     raise app.UsageError(f'Unexpected argument: {argv[1]}')
   logging.set_verbosity(logging.FATAL)  # Orbax tells of every file.
   try:
-    if not given.workdir:
-      raise ValueError('Pass --workdir, the folder of a trained run.')
-    try:
-      strengths = [float(x) for x in given.refine]
-    except ValueError:
-      raise ValueError(
-        f'--refine {",".join(given.refine)}: give numbers from 0 to 1.'
-      ) from None
-    result = evaluate(
-      runs.load(given.workdir), given.split, given.protocol, strengths,
-      num_sample_steps=given.num_sample_steps, num_clips=given.num_clips,
-      directory=given.data_dir, ssim=given.ssim, seed=given.seed,
-    )
-    default = pathlib.Path(given.workdir) / 'eval' / f'{given.split}.json'
-    path = pathlib.Path(given.out or default)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_atomically(path, json.dumps(result, indent=1))
+    result, out = _run_command(given)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  print(table(result))
-  print(f'\nEverything, clip by clip: {path}')
+  if result:
+    print(score_report.table(result))
+    rate = result['scoring']
+    print(
+      f'\nScored {rate["frames"]} frames at '
+      f'{rate["frames_per_second"]:.0f} frames/s.'
+    )
+  print(f'\nEverything, clip by clip: {out}')
+
+
+def _run_command(given):
+  """(result or None, where it was written)."""
+  if given.ablation:
+    root = pathlib.Path(given.workdir or 'runs/ablation')
+    ablation.train(
+      given.ablation, root, given.ablation_steps, given.data_dir
+    )
+    given.classifier = given.classifier or str(root / ablation.JUDGE)
+    folders = ablation.folders(root)
+    return None, _compare(given, folders, given.out or root / 'comparison')
+  if given.compare:
+    folders = {folder: folder for folder in given.compare}
+    return None, _compare(given, folders, given.out or 'out/compare')
+  if given.generated or given.real:
+    if not (given.generated and given.real):
+      raise ValueError('Pass both --generated and --real.')
+    out = given.out or 'out/evaluate'
+    gallery = score_report.Gallery(out, given.shown, given.frames)
+    result = evaluate_folders(
+      given.generated, given.real, keep=gallery, **_options(given)
+    )
+    _write(result, gallery, out)
+    return result, out
+  if not given.workdir:
+    raise ValueError(
+      'Pass --workdir, the folder of a trained run; or --generated and --real, '
+      'folders of videos.'
+    )
+  out = given.out or _default_out(given.workdir, given.split)
+  return _score_run(given, given.workdir, out), out
+
+
+def _compare(given, folders, out):
+  """Scores runs {name: folder} one after another; one table of all."""
+  results = {}
+  for name, folder in folders.items():
+    print(f'\n{name}', file=sys.stderr)
+    path = _default_out(folder, given.split)
+    results[name] = _score_run(given, folder, path)
+  print(comparison.write(results, out))
+  return out
+
+
+def _default_out(folder, split):
+  return pathlib.Path(folder) / 'eval' / split
 
 
 if __name__ == '__main__':

@@ -79,6 +79,54 @@ def square_crop_box(face_box, image_shape, margin=MARGIN):
   return (start[0], start[1], start[0] + side, start[1] + side)
 
 
+class Track:
+  """The box of a head from frame to frame of a video, called on each in turn.
+
+  Every frame is searched (Viola-Jones); boxes are smoothed over time, and the
+  last one is kept where no face is found.
+
+  Args:
+    margin: see `square_crop_box`.
+    smoothing: share of the last box that a new one keeps.
+    fixed: the first box found serves all frames; nothing is searched after.
+
+  Attributes:
+    count: frames seen.
+    misses: those of them without a face.
+  """
+
+  def __init__(self, margin=0.35, smoothing=0.7, fixed=False):
+    self.count = self.misses = 0
+    self._margin, self._smoothing, self._fixed = margin, smoothing, fixed
+    self._box = None
+
+  def __call__(self, image):
+    """The box in this frame.
+
+    Raises:
+      ValueError: no face in it, nor in any before.
+    """
+    self.count += 1
+    if self._fixed and self._box is not None:
+      return self._square(image)
+    face = detect_face(image)
+    if face is None:
+      self.misses += 1
+      if self._box is None:
+        raise ValueError(
+          'no face found in the first frame. Cut the clip, or crop it to the '
+          'face yourself.'
+        )
+      return self._square(image)
+    face = np.array(face, float)
+    last = face if self._box is None else self._box
+    self._box = self._smoothing * last + (1 - self._smoothing) * face
+    return self._square(image)
+
+  def _square(self, image):
+    return square_crop_box(self._box, image.shape, self._margin)
+
+
 def crop(image, box, size=None):
   """The part of `image` in `box`, resized to (size, size) if given.
 
@@ -133,6 +181,30 @@ def mouth_box_mask(face_box, shape):
   axes = (round(0.22 * (x1 - x0)), round(0.14 * (y1 - y0)))
   cv2.ellipse(mask, centre, axes, 0, 0, 360, 255, cv2.FILLED)
   return mask
+
+
+def blacken_background(image, face_box=None, points=None):
+  """The image, black outside of the face.
+
+  Args:
+    image: uint8 [H, W, 3].
+    face_box: what `detect_face` found; the face is taken for an ellipse
+      around it, from the hairline to the chin.
+    points: float [68, 2] where known: the face is their convex hull, as
+      OpenFace has it.
+  """
+  mask = np.zeros(image.shape[:2], np.uint8)
+  if points is not None:
+    hull = cv2.convexHull(np.asarray(points, np.float32))
+    cv2.fillConvexPoly(mask, np.round(hull * 16).astype(np.int32), 1, shift=4)
+  elif face_box is not None:
+    x0, y0, x1, y1 = face_box
+    centre = (round((x0 + x1) / 2), round(y0 + 0.55 * (y1 - y0)))
+    axes = (round(0.45 * (x1 - x0)), round(0.65 * (y1 - y0)))
+    cv2.ellipse(mask, centre, axes, 0, 0, 360, 1, cv2.FILLED)
+  else:
+    return image  # Points of a clip that this frame lacks.
+  return image * mask[..., None]
 
 
 def _prominence(face, shape):

@@ -2,7 +2,6 @@
 
   python -m hatjax.generate --workdir runs/a --image face.jpg --label happy \\
     --out smile.mp4
-  python -m hatjax.generate --workdir runs/a --video in.mp4 --out refined.mp4
 """
 
 import argparse
@@ -19,7 +18,7 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from hatjax import faces, video
+from hatjax import driving, faces, video
 
 _EPILOG = """\
 names:
@@ -49,6 +48,7 @@ examples:
   python -m hatjax.generate --workdir runs/a --split test --num_images 4
   python -m hatjax.generate --workdir runs/a --image face.jpg --refine 0.2
   python -m hatjax.generate --workdir runs/a --video in.mp4 --out refined.mp4
+  python -m hatjax.generate --workdir runs/a --image me.jpg --driving clip.mp4
 """
 
 
@@ -84,11 +84,11 @@ def _parser():
       help='expression: one, several with commas or by repeating the option, '
       'or all; default: all, but none for --video and --from_noise')
   add('--out', type=_out, help='where to; default: out/{image}_{label}.mp4')
-  add('--crop', choices=('auto', 'none'), default='auto',
+  add('--crop', choices=('auto', 'track', 'none'), default='auto',
       help='auto: find the face and crop to it, as the training data were '
       '(of a --video: where it is in the first frame, and not if the frames '
-      'have the size that the run makes); none: squeeze the whole picture to '
-      'a square')
+      'have the size that the run makes); track: follow the face through a '
+      '--video or --driving clip; none: squeeze the whole picture to a square')
   add('--num_frames', type=_count, help='default: 32; 20 for --sweep reference')
   add('--fps', type=float,
       help="frames per second; default: 25, or that of --video")
@@ -106,9 +106,11 @@ def _parser():
       help='intensity at the end; 1 is a full expression, the default')
   add('--boomerang', action='store_true', help='play forth, then back')
   add('--seed', type=int, default=0)
-  add('--batch_size', type=_count, default=8, help='videos made at once')
+  add('--batch_size', type=_count, default=0,
+      help='videos (with --driving: frames) made at once; default: 8, 1 frame')
   add('--strip', action='store_true',
       help='beside every video, a PNG with eight of its frames in a row')
+  driving.add_options(parser)
   return parser
 
 
@@ -159,6 +161,8 @@ def _generate(args):
   run = runs.load(args.workdir, step=args.step)
   if args.video:
     return _refine_video(run, args)
+  if args.driving:
+    return _drive(run, args, paths)
   labels = _labels(args.label, run, '' if args.from_noise else 'all')
   if args.split:
     known = run.neutral_faces(args.split, args.num_images, args.data_dir)
@@ -180,7 +184,7 @@ def _generate(args):
     (i, label) for i in range(len(crops)) if crops[i] is not None
     for label in labels or (None,)
   ]
-  seconds = []
+  seconds, args.batch_size = [], args.batch_size or 8
   args.fps = 25.0 if args.fps is None else args.fps
   make = run.animate_noise if args.from_noise else run.animate
   clips = _animate(make, crops, jobs, args.batch_size, sweep, seconds)
@@ -215,8 +219,9 @@ def _refine_video(run, args):
   video.check_writable(path)
   fps = video.read_fps(args.video) if args.fps is None else args.fps
   refined = run.refine(
-    _video_crops(args.video, run, args.crop), label, strength=args.refine,
-    num_sample_steps=args.num_sample_steps, seed=args.seed,
+    driving.crops_of(args.video, run, args.crop, _face), label,
+    strength=args.refine, num_sample_steps=args.num_sample_steps,
+    seed=args.seed,
   )
   begin, count = time.perf_counter(), itertools.count()
   with (
@@ -229,18 +234,16 @@ def _refine_video(run, args):
   return 0
 
 
-def _video_crops(path, run, mode):
-  """Yields the frames of a video as the run wants them, [S, S, 3]."""
-  size, box = run.image_size, None
-  for t, frame in enumerate(video.iter_video(path)):
-    if t == 0 and frame.shape[:2] != (size, size):
-      if mode == 'none' or run.crop == 'none':
-        _say(f'note: whole frames are squeezed to {size}x{size} pixels.')
-      else:
-        box = _face_box(frame, f'the first frame of {path}')
-    if box is not None:
-      frame = faces.crop(frame, box, size)
-    yield video.resize(frame, size)
+def _drive(run, args, paths):
+  """Every image takes on the motion of a clip; its length does not matter."""
+  if not paths:
+    raise ValueError('--driving needs a face to drive: pass --image me.jpg')
+  outs = _outs(args.out or 'out/{image}_driven.mp4', _names(paths), ())
+  crops = lambda: _ahead(driving.crops_of(args.driving, run, args.crop, _face))
+  for crop, out in zip(_crops(paths, run, args.crop), outs):
+    if crop is not None:
+      driving.write(run, crop, out[None], args, crops)
+  return 0
 
 
 def _sweep(args):
@@ -328,7 +331,7 @@ def _crops(paths, run, mode):
   crops = []
   for path in paths:
     try:
-      crops.append(_crop(path, run.image_size, whole))
+      crops.append(_crop(path, run.image_size, whole, run.background))
     except ValueError as error:
       if len(paths) == 1:
         raise
@@ -341,21 +344,26 @@ def _crops(paths, run, mode):
   return crops
 
 
-def _crop(path, size, whole):
-  image = video.read_image(path)
+def _crop(path, size, whole, background='keep'):
+  image, box = video.read_image(path), None
+  if not whole or background == 'black':
+    face = _face(image, path)
+    box = faces.square_crop_box(face, image.shape)
+    if background == 'black':
+      image = faces.blacken_background(image, face)
   if whole:
     return video.resize(image, size)
-  return faces.crop(image, _face_box(image, path), size)
+  return faces.crop(image, box, size)
 
 
-def _face_box(image, path):
+def _face(image, path):
   face = faces.detect_face(image)
   if face is None:
     raise ValueError(
       f'no face found in {path}. Crop the photo to the face yourself, or pass '
       '--crop none to use the whole picture.'
     )
-  return faces.square_crop_box(face, image.shape)
+  return face
 
 
 def _animate(make, crops, jobs, batch_size, sweep, seconds):

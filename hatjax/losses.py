@@ -34,6 +34,34 @@ def l2(a, b):
   return _mean_per_sample(jnp.square(a - b))
 
 
+def pyramid(a, b, levels=4):
+  """L1 of pixels and of neighbours' differences, at 1, 1/2, 1/4 ... the size.
+
+  What stands in for a perceptual loss where no weights of VGG-19 are at hand.
+
+  Args:
+    a: [B, H, W, C].
+    b: [B, H, W, C].
+    levels: how many sizes; the mean over them is returned.
+  """
+  error, total = a - b, 0
+  for level in range(levels):
+    if level:
+      n, h, w, c = error.shape
+      error = error[:, : h // 2 * 2, : w // 2 * 2]
+      error = error.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    total += _mean_per_sample(jnp.abs(error))
+    for axis in (1, 2):
+      if error.shape[axis] > 1:
+        total += _mean_per_sample(jnp.abs(jnp.diff(error, axis=axis)))
+  return total / levels
+
+
+def features(a, b):
+  """Sum of the mean absolute differences of lists of feature maps."""
+  return sum(l1(x, y) for x, y in zip(a, b, strict=True))
+
+
 def stop(tree):
   """`lax.stop_gradient` of every leaf."""
   return jax.tree.map(jax.lax.stop_gradient, tree)

@@ -30,6 +30,10 @@ MADE_OPTIONS = {
   'num_frames': 'of each of their 6 clips (default: 32)',
   'seed': 'who they are (default: 0)',
 }
+# Option -> (where a module lists its values, the one that does).
+OWN_OPTIONS = {
+  'half': ('HALVES', 'mug'), 'condition': ('CONDITIONS', 'oulu_casia'),
+}
 SAME_REASON = 10  # skipped files listed one by one, of those with one reason
 
 
@@ -69,9 +73,10 @@ def _parse(argv):
     '(default: 256; synthetic 128)',
   )
   add(
-    '--crop', choices=('face', 'none'),
+    '--crop', choices=('face', 'none', 'track', 'given'),
     help='face: one square around the head per clip; none: whole frames, '
-    'squeezed to a square if resized (default: face)',
+    'squeezed to a square if resized (default: face); voxceleb also has track '
+    'and given, its default',
   )
   add(
     '--subjects', metavar='REGEX',
@@ -82,6 +87,15 @@ def _parse(argv):
     '--half', choices=('first', 'farthest', 'none'),
     help='mug, whose takes return to neutral: keep the first half of each '
     '(default), all up to the frame farthest from neutral, or cut none',
+  )
+  add(
+    '--condition', metavar='C',
+    help='oulu_casia: camera and light, such as vl_strong (default), ni_weak',
+  )
+  add(
+    '--background', choices=('keep', 'black'),
+    help='black: nothing but the face is left, what lies within its landmarks '
+    'or, where they are unknown, an ellipse (default: keep)',
   )
   for name, what in MADE_OPTIONS.items():
     add(f'--{name}', type=int, metavar='N', help=f'synthetic: {what}')
@@ -204,7 +218,7 @@ def _prepare(args):
 
 def _plan_made(args, module, _):
   """(options, name of the records, scan, digest) of a set that is drawn."""
-  for name in ('raw', 'crop', 'subjects', 'half'):
+  for name in ('raw', 'crop', 'subjects', 'background', *OWN_OPTIONS):
     if getattr(args, name) is not None:
       raise ValueError(f'--{name} is for data that are read: leave it out '
                        f'with {args.name}.')
@@ -226,16 +240,33 @@ def _plan_read(args, module, face_video):
   if not raw.is_dir():
     raise ValueError(f'--raw {args.raw} is no folder. Pass the raw data.')
   own = {}
-  if hasattr(module, 'HALVES'):
-    own['half'] = args.half or module.HALVES[0]
-  elif args.half:
-    raise ValueError(f'--half is for mug: leave it out with {args.name}.')
+  for name, (known, owner) in OWN_OPTIONS.items():
+    value = getattr(args, name)
+    if hasattr(module, known):
+      own[name] = value or getattr(module, known)[0]
+      if own[name] not in getattr(module, known):
+        raise ValueError(
+          f'--{name} is {value!r}. Choose one of: '
+          f'{", ".join(getattr(module, known))}.'
+        )
+    elif value:
+      raise ValueError(
+        f'--{name} is for {owner}: leave it out with {args.name}.'
+      )
+  crops = getattr(module, 'CROPS', ('face', 'none'))
+  if args.crop not in (None, *crops):
+    raise ValueError(
+      f'--crop {args.crop} is not for {args.name}. Use one of: '
+      f'{", ".join(crops)}.'
+    )
   options = {
-    'crop': args.crop or 'face',
+    'crop': args.crop or crops[0],
     'image_size': 256 if args.image_size is None else args.image_size,
     'subjects': args.subjects,
     **own,
   }
+  if args.background == 'black':
+    options['background'] = 'black'
   print(f'checking {raw}', file=sys.stderr)
   scan = module.scan(raw, args.subjects, **own)
   return options, face_video.config_name(options), scan, face_video.digest(scan)

@@ -10,6 +10,9 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from hatjax import clips as clips_lib
+from hatjax import faces, video
+
 ALIASES = (
   ('happy', 'happiness', 'joy', 'smile'),
   ('sad', 'sadness'),
@@ -68,6 +71,7 @@ class Clip:
   subject: int
   subject_name: str
   num_frames: int
+  first: int = 0  # number of its first frame in the record
 
 
 class Records:
@@ -85,7 +89,10 @@ class Records:
     builder = tfds.builder_from_directory(folder)
     self.metadata = dict(builder.info.metadata or {})
     self.labels = tuple(builder.info.features['label'].names)
+    # Clips that were left where they are have times and no pictures.
+    self._elsewhere = 'times' in builder.info.features
     decoders = {'video': _Encoded(), 'lip_mask': _Encoded()}
+    decoders = {} if self._elsewhere else decoders
     self._source = builder.as_data_source('clips', decoders=decoders)
     self.clips = {}
     subjects = sorted({c['subject'] for c in self.metadata['clips'].values()})
@@ -96,12 +103,19 @@ class Records:
       )
 
   def split(self, name):
-    """Clips of a named split.
+    """Clips of a named split; '<name>/early' and '<name>/late' are the first
+    four fifths and the last fifth of the frames of each.
 
     Raises:
       ValueError: no such split, or nothing in it.
     """
     splits = self.metadata['splits']
+    name, _, part = name.partition('/')
+    if part not in ('', 'early', 'late'):
+      raise ValueError(
+        f'Split {name}/{part}: Choose one of: {name}, {name}/early, '
+        f'{name}/late.'
+      )
     if name not in splits:
       raise ValueError(
         f'{self.name} has no split {name!r}. Choose one of: '
@@ -118,25 +132,57 @@ class Records:
         f'{name} splits by video: subjects leak between training and test. '
         'Scores on it say nothing about new faces.', stacklevel=2,
       )
-    return clips
+    return [_part(clip, part) for clip in clips]
 
   def read(self, clip, frames):
     """Decoded frames uint8 [T, h, w, 3] and masks [T, h, w, 1] in {0, 1}."""
+    return tuple(map(np.stack, zip(*self.frames(clip, frames))))
+
+  def frames(self, clip, frames):
+    """Yields (frame, mask) of `read` one by one."""
     example = self._source[clip.index]
+    frames = [clip.first + int(i) for i in frames]
     if _text(example['id']) != clip.id:
       raise ValueError(
         f'Records of {self.name} do not match their metadata (want '
         f'{clip.id}). Run hatjax.prepare again with --force.'
       )
-    video = [_decode(example['video'][i], cv2.IMREAD_COLOR) for i in frames]
-    masks = [
-      _decode(example['lip_mask'][i], cv2.IMREAD_GRAYSCALE) for i in frames
-    ]
-    return np.stack(video), (np.stack(masks) > 127).astype(np.uint8)[..., None]
+    if self._elsewhere:
+      yield from self._frames_elsewhere(example, frames)
+      return
+    for i in frames:
+      image = _decode(example['video'][i], cv2.IMREAD_COLOR)
+      mask = _decode(example['lip_mask'][i], cv2.IMREAD_GRAYSCALE)
+      yield image, (mask > 127).astype(np.uint8)[..., None]
+
+  def _frames_elsewhere(self, example, frames):
+    """Those of a clip that was left where it is; its lips are unknown."""
+    path = pathlib.Path(self.metadata['raw']) / _text(example['path'])
+    size, boxes = self.metadata['options']['image_size'], example['boxes']
+    found = clips_lib.read(path, frames, example['times'])
+    for i, image in zip(frames, found):
+      if len(boxes):
+        image = faces.crop(image, [int(x) for x in boxes[i]], size or None)
+      elif size:
+        image = video.resize(image, size)
+      yield image, np.zeros((*image.shape[:2], 1), np.uint8)
 
   def alphas(self, clip):
     """True intensity of every frame, float32 [T]; empty where unknown."""
-    return np.asarray(self._source[clip.index]['alpha'], np.float32)
+    alphas = np.asarray(self._source[clip.index]['alpha'], np.float32)
+    return alphas[clip.first : clip.first + clip.num_frames]
+
+
+def _part(clip, part):
+  """Some of a clip's frames; see `Records.split`."""
+  if not part:
+    return clip
+  cut = min(max(round(0.8 * clip.num_frames), 1), clip.num_frames - 1)
+  if part == 'early':
+    return dataclasses.replace(clip, num_frames=cut)
+  return dataclasses.replace(
+    clip, first=cut, num_frames=clip.num_frames - cut
+  )
 
 
 def _text(value):
@@ -177,7 +223,9 @@ def _prepare_options(name):
       f'{builder} --image_size {size}{" --grey" if grey else ""} '
       f'--num_identities {people} --num_frames {frames} --seed {seed}'
     )
-  crop, size, half, *_ = (*options.split('-'), '', '')
+  crop, size, *more = (*options.split('-'), '')[: options.count('-') + 2]
   size = {'native': '0'}.get(size, size) or '<side>'
-  size += f' --half {half}' if half else ''
+  for word in filter(None, more):
+    flag = 'condition' if '_' in word else 'half'
+    size += f' --{"background" if word == "black" else flag} {word}'
   return f'{builder} --raw <folder> --crop {crop or "face"} --image_size {size}'

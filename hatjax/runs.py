@@ -22,6 +22,7 @@ from hatjax import (
   parallel,
   records,
   settings,
+  sharpening,
   video,
   workdir,
 )
@@ -75,7 +76,8 @@ def restore_state(disk, method, stage, step=None):
   return disk.restore(abstract, step)
 
 
-def _load_stage(folder, config, name, step=None):
+def load_stage(folder, config, name, step=None):
+  """A stage of the run in a folder, whose config it is; default its latest."""
   stage = config[name]
   method = make_method(stage, config['info'], stage['data']['image_size'])
   disk = workdir.Run(pathlib.Path(folder) / name, read_only=True)
@@ -97,7 +99,7 @@ def load_earlier(config):
   """
   stages = []
   for name, folder in config.get('init_from', {}).items():
-    if not folder:
+    if not folder or not methods.makes_video(name):
       continue
     other, setting = workdir.read_config(folder), f'config.init_from.{name}'
     if name not in other['stages']:
@@ -113,7 +115,7 @@ def load_earlier(config):
       )
     # It makes drafts in the way this run computes: memory, determinism.
     other = {**other, name: methods.settle(config, other[name])}
-    stages.append(_load_stage(folder, other, name))
+    stages.append(load_stage(folder, other, name))
   return stages
 
 
@@ -126,15 +128,17 @@ def check_cascade(named):
   for (before, drafter), (name, method) in zip([('', None), *named], named):
     if drafter is None and getattr(method, 'needs_draft', False):
       raise ValueError(
-        f"config.{name}.model.mode is 'paired': it learns from the drafts of a "
-        'stage before it, and there is none. Train both '
+        f'config.{name}.model.mode is {method.mode!r}: it learns from the '
+        'drafts of a stage before it, and there is none. Train both '
         '(--config <file>:hat_cgan_diff), name a trained run '
-        "(--config.init_from.hat_cgan=<workdir>), or set mode to 'noise'."
+        '(--config.init_from.hat_cgan=<workdir>), or set mode to '
+        f"{'degraded' if method.mode == 'drafts' else 'noise'!r}."
       )
-    if drafter and drafter.image_size != method.image_size:
+    wanted = getattr(method, 'input_size', method.image_size)
+    if drafter and drafter.image_size != wanted:
       raise ValueError(
         f'{before} makes videos of side {drafter.image_size}, {name} refines '
-        f'{method.image_size}. Set config.{name}.data.image_size (and '
+        f'{wanted}. Set config.{name}.data.image_size (and '
         'model.image_size) to the same.'
       )
 
@@ -156,8 +160,15 @@ def load(folder, step=None):
   config = workdir.read_config(folder)
   *first, last = config['stages']
   stages = load_earlier(config)
-  stages += [_load_stage(folder, config, name) for name in first]
-  return Run(config, [*stages, _load_stage(folder, config, last, step)])
+  stages += [
+    load_stage(folder, config, name) for name in first
+    if methods.makes_video(config[name]['method'])
+  ]
+  stages.append(load_stage(folder, config, last, step))
+  if not hasattr(stages[-1].method, 'sharpen'):
+    return Run(config, stages)
+  run = Run(config, stages[:-1]) if stages[:-1] else None
+  return sharpening.Sharpened(run, stages[-1], config)
 
 
 class Run:
@@ -169,6 +180,7 @@ class Run:
     labels: labels it was trained on, () if no method reads any.
     image_size: side of what it makes, pixels.
     crop: 'face' or 'none': how its training records were cropped.
+    background: 'keep' or 'black': whether they show more than the face.
     step: of the last stage's checkpoint.
   """
 
@@ -176,6 +188,7 @@ class Run:
     self.config, self.stages = config, tuple(stages)
     _, self.method, self.state = self.stages[-1]
     self.crop = config['info']['crop']
+    self.background = config['info'].get('background', 'keep')
     self.image_size = self.method.image_size
     self.step = int(self.state.step)
     reads_label = any('label' in s.method.reads for s in self.stages)
@@ -213,9 +226,19 @@ class Run:
     Raises:
       ValueError: unknown label, sweep or image size; a run that cannot.
     """
+    if not hasattr(self.stages[0].method, 'animate'):
+      raise ValueError(
+        f'This run makes no videos: it is a {self.stages[0].name}. Pass '
+        'another --workdir.'
+      )
     images = np.asarray(images)
     images = images[None] if images.ndim == 3 else images
     self._check_frames('images', images)
+    if 'driving' in self.stages[0].method.reads:
+      raise ValueError(
+        f"{self.stages[0].name} reads 'driving', which a face alone lacks. "
+        'Pass --driving clip.mp4 (in Python: hatjax.driving.drive).'
+      )
     if 'draft' in self.stages[0].method.reads:
       raise ValueError(
         f'This run has no stage before {self.stages[0].name}: it refines '

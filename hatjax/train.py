@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from hatjax import (
   config_flag,
   data,
+  init_from,
   methods,
   parallel,
   prepare,
@@ -106,11 +107,13 @@ def train(config, folder, data_dir=None):
     settings.check_choices(train__draft_alpha=(
       block['train'].get('draft_alpha', 'inferred'), validation.DRAFT_ALPHAS
     ))
-    parts.append((name, block, batches, method))
+    frozen = init_from.load(config, method)
+    parts.append((name, block, batches, method, frozen))
   config = _absolute({**config, 'info': info})
   earlier = runs.load_earlier(config)
   runs.check_cascade(
-    [stage[:2] for stage in earlier] + [(part[0], part[3]) for part in parts]
+    [stage[:2] for stage in earlier]
+    + [(p[0], p[3]) for p in parts if hasattr(p[3], 'animate')]
   )
   previous = _frozen(*earlier[-1]) if earlier else None
   options = parallel.compiler_options(
@@ -119,19 +122,24 @@ def train(config, folder, data_dir=None):
   root = jax.random.key(config['seed'])
   states = {}
   with workdir.open_workdir(folder, config) as folder:
-    for name, block, batches, method in parts:
+    for name, block, batches, method, frozen in parts:
       run = workdir.Run(folder / name, block['train'].get('keep', 3))
       try:
         state = _finished(run, method, block)
         if state is None:
+          for net, source in getattr(method, 'pretrained', {}).items():
+            if source in states:
+              frozen[net] = states[source].params[net]
           stage = _Stage(
-            config, block, batches, method, run, data_dir, options, previous
+            config, block, batches, method, run, data_dir, options, previous,
+            frozen,
           )
           state = _train_stage(stage, root)
       finally:
         run.close()
       states[name] = state
-      previous = _frozen(name, method, state)
+      if hasattr(method, 'animate'):
+        previous = _frozen(name, method, state)
   return states
 
 
@@ -196,6 +204,7 @@ def describe(batches):
     'labels': list(batches.labels),
     'trained_labels': batches.trained_labels(),
     'crop': metadata['options']['crop'],
+    'background': metadata['options'].get('background', 'keep'),
     'fingerprint': metadata['fingerprint'],
   }
 
@@ -204,10 +213,11 @@ class _Stage:
   """One stage being trained: what the loop below does between steps."""
 
   def __init__(
-    self, config, stage, batches, method, run, data_dir, options, previous=None
+    self, config, stage, batches, method, run, data_dir, options,
+    previous=None, frozen=None,
   ):
     self.settings, self.run = stage['train'], run
-    self.batches = batches
+    self.batches, self.frozen = batches, frozen
     prepare, resident = batches.prepare, batches.resident_frames()
     if getattr(method, 'needs_draft', False):
       alpha = self.settings.get('draft_alpha', 'inferred')
@@ -238,7 +248,11 @@ class _Stage:
     example = self.batches.example()
     step = self.run.latest_step()
     if step is None:
-      return 0, self.runner.init(jax.random.fold_in(root, 2**31), example)
+      state = self.runner.init(jax.random.fold_in(root, 2**31), example)
+      if self.frozen:
+        state = init_from.put(self.runner.fetch(state), self.frozen)
+        state = self.runner.place(jax.device_get(state))
+      return 0, state
     print(f'Resuming {self.run.folder} at step {step}.')
     state = self.run.restore(self.runner.abstract_state(example))
     return step, self.runner.place(state)

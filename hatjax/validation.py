@@ -49,7 +49,8 @@ def imitate(method, state, batch, rng, alpha='profile'):
     inputs['alpha'] = jax.vmap(at)(time, fine)
   length = time.shape[1]
   fake = method.animate(state, inputs, rng, length)
-  if not {'alpha', 'draft'} & inputs.keys():  # T frames for times 0..1.
+  # T frames for times 0..1, unless each was asked for.
+  if not {'alpha', 'draft', 'driving'} & inputs.keys():
     nearest = jnp.round(time * (length - 1)).astype(jnp.int32)
     nearest = jnp.clip(nearest, 0, length - 1)[..., None, None, None]
     fake = jnp.take_along_axis(fake, nearest, 1)
@@ -58,6 +59,10 @@ def imitate(method, state, batch, rng, alpha='profile'):
 
 def make_draft(method, state, batch, rng, alpha):
   """What `imitate` makes, as the next stage gets it: in steps of 1 / 255."""
+  size = method.image_size
+  if batch['video'].shape[2] != size:  # the next stage enlarges
+    shape = (*batch['video'].shape[:2], size, size, 3)
+    batch = {**batch, 'video': jax.image.resize(batch['video'], shape, 'cubic')}
   draft = imitate(method, state, batch, rng, alpha)
   return jax.lax.stop_gradient(video.to_float(video.to_uint8(draft)))
 
@@ -101,8 +106,8 @@ def make_scorer(method, previous=None):
   Args:
     method: see `hatjax.methods`.
     previous: (name, method, state) of the stage that makes the drafts of a
-      method that reads them; without one it gets the real clips, noised, and
-      its scores say what is left of the noise.
+      method that reads them; without one it gets the real clips, noised or
+      degraded as in training, and its scores say what is left of that.
 
   Returns:
     (state, clip uint8 [T, H, W, 3], n, label) -> dict of per-frame PSNR in dB
@@ -110,8 +115,14 @@ def make_scorer(method, previous=None):
     padding. 'psnr_generated' knows what the method reads and nothing else,
     'psnr_copy' repeats the input, 'psnr_draft' is that of the draft, and
     'psnr', the score a checkpoint is ranked by, has alpha inferred from each
-    real frame where the method can (else it is psnr_generated).
+    real frame where the method can (else it is psnr_generated). Of a method
+    that makes no videos: what its `score` returns.
   """
+
+  if not hasattr(method, 'animate'):
+    return jax.jit(lambda state, clip, n, label: method.score(
+      state, video.to_float(clip), n, label
+    ))
 
   def score(frozen, state, clip, n, label):
     real = video.to_float(clip)[None]
@@ -127,10 +138,17 @@ def make_scorer(method, previous=None):
         batch['noise'] = jax.random.normal(rng, real.shape)
         noised = jnp.clip(method.add_noise(real, batch['noise']), -1, 1)
         out |= {'psnr_noised': psnr(noised), 'draft': video.to_uint8(noised[0])}
+      elif hasattr(method, 'degrade'):
+        batch['draft'] = method.degrade(real, rng)
+        out |= {
+          'psnr_draft': psnr(batch['draft']),
+          'draft': video.to_uint8(batch['draft'][0]),
+        }
     elif 'draft' in method.reads:
       draft = make_draft(previous.method, frozen, batch, rng, 'profile')
       batch['draft'] = draft
-      out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}
+      if draft.shape == real.shape:
+        out |= {'psnr_draft': psnr(draft), 'draft': video.to_uint8(draft[0])}
     fake = imitate(method, state, batch, rng)
     out |= {
       'psnr_generated': psnr(fake), 'psnr': psnr(fake),
@@ -166,19 +184,23 @@ def score_clips(scorer, state, clips, limit=MAX_FRAMES):
     the last frames, and, where alpha is inferred, 'val/alpha_order', the
     lowest Spearman correlation of alpha with the frame index over the clips.
   """
-  rows, shown, orders = [], [], []
+  rows, shown, orders, judged = [], [], [], []
   for clip in clips:
     real = thin_out(clip['video'], limit)
     n = len(real)
     padded = np.concatenate([real, real[-1:].repeat(limit - n, 0)])
     out = jax.device_get(scorer(state, padded, n, clip['label']))
+    if 'frames' not in out:
+      judged.append(out)
+      continue
     rows.append({k: v[1:n] for k, v in out.items() if k.startswith('psnr')})
     made = [out[k][:n] for k in ('draft', 'frames') if k in out]
     shown.append((real, *made))
     if 'alpha' in out and n > 2:
       orders.append(_spearman(out['alpha'][1:n]))
   if not rows:
-    return {}, []
+    names = judged[0] if judged else ()
+    return {k: float(np.mean([j[k] for j in judged])) for k in names}, []
   last = lambda key: float(np.mean([row[key][-1] for row in rows]))
   means = {
     f'val/{k}': float(np.concatenate([r[k] for r in rows]).mean())

@@ -68,6 +68,30 @@ def test_the_apex_can_be_in_every_batch(toy_records):
   assert (times[:, -1] < 1).any()
 
 
+def test_blended_frames_lie_between_two(toy_records):
+  # 8 frames at 7 k / 4: 0, 1.75, 3.5, 5.25, 7; the mask is the nearer one's.
+  for resident in ('no', 'yes'):
+    made = batches(
+      toy_records, frames='blend', num_frames=4, resident=resident, pad=0,
+      flip=0.0, batch_size=1,
+    )
+    batch = next(made.iterate())
+    at = 7 * np.arange(5) / 4
+    out = made.prepare(batch, made.resident_frames(), jax.random.key(0))
+    np.testing.assert_allclose(out['time'][0], at / 7, rtol=1e-6)
+    video = np.asarray(out['video'][0] + 1) * 127.5
+    clip = next(
+      c['video'] for c in made.whole_clips()
+      if np.abs(c['video'][0] - video[0]).max() < 1e-3
+    ).astype(float)
+    expected = [
+      clip[int(t)] + t % 1 * (clip[int(np.ceil(t))] - clip[int(t)]) for t in at
+    ]
+    assert np.abs(video - expected).max() <= 0.501
+    assert out['lip_mask'].shape == (1, 5, 16, 16, 1)
+    assert 'at' not in out
+
+
 def test_even_frames_spread_over_the_whole_clip_in_order(toy_records):
   # 8 frames, numbered 0..7: round(7 k / 3) = 0, 2, 5, 7.
   for resident in ('no', 'yes'):
@@ -220,7 +244,7 @@ def test_labels_filter_by_alias(toy_records):
    '--grey --num_identities 6 --num_frames 4 --seed 1 --data_dir'),
   (dict(resident=True), 'auto, yes, no'),
   (dict(resize='nearest'), 'auto, cubic, area'),
-  (dict(frames='odd'), 'data.frames is .odd.*random, even, window'),
+  (dict(frames='odd'), 'data.frames is .odd.*random, even, blend, window'),
   (dict(load_size=8), 'load_size 8 is smaller'),
   (dict(load_size=20, pad=0, crop_offsets=6), r'1\.\.5'),
 ])

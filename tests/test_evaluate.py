@@ -6,40 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-import skimage.metrics
 
-from hatjax import data, evaluate, metrics
-
-
-def pictures(seed=0, shape=(3, 20, 24, 3)):
-  rng = np.random.default_rng(seed)
-  a = rng.uniform(-1, 1, shape).astype(np.float32)
-  return a, np.clip(a + rng.normal(0, 0.3, shape), -1, 1).astype(np.float32)
-
-
-@pytest.mark.parametrize('window, options', (
-  ('gaussian', dict(
-    gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-  )),
-  ('uniform7', {}),
-))
-def test_ssim_is_that_of_scikit_image(window, options):
-  a, b = pictures()
-  expected = [
-    skimage.metrics.structural_similarity(
-      x, y, data_range=2, channel_axis=-1, **options
-    ) for x, y in zip(a, b)
-  ]
-  np.testing.assert_allclose(metrics.ssim(a, b, window), expected, atol=1e-5)
-  np.testing.assert_allclose(metrics.ssim(a, a, window), 1, atol=1e-6)
-
-
-def test_ssim_of_wrong_arguments():
-  a, b = pictures()
-  with pytest.raises(ValueError, match='Choose one of: gaussian, uniform7'):
-    metrics.ssim(a, b, 'square')
-  with pytest.raises(ValueError, match='side 11'):
-    metrics.ssim(a[:, :10], b[:, :10])
+from hatjax import data, evaluate, metrics, score_report, scores
 
 
 def test_flicker_by_hand():
@@ -63,8 +31,15 @@ def test_spearman_is_that_of_scipy():
   a, b = rng.normal(size=(2, 30))
   b[3:9] = b[3]
   expected = scipy.stats.spearmanr(a, b)[0]
-  np.testing.assert_allclose(evaluate.spearman(a, b), expected, atol=1e-12)
-  assert np.isnan(evaluate.spearman(np.ones(4), np.arange(4)))
+  np.testing.assert_allclose(metrics.spearman(a, b), expected, atol=1e-12)
+  assert np.isnan(metrics.spearman(np.ones(4), np.arange(4)))
+
+
+def test_temporal_mean_by_hand():
+  frames = np.array([0, 30, 60, 90], np.uint8)[:, None, None, None]
+  np.testing.assert_array_equal(
+    scores.temporal_mean(frames).ravel(), [10, 30, 60, 80]
+  )
 
 
 class Fading:
@@ -79,7 +54,7 @@ class Fading:
     }
 
   def infer(self, state, inputs):
-    return jnp.linspace(0, 1, inputs['driving'].shape[1])[None] ** 2
+    return (jnp.arange(inputs['driving'].shape[1])[None] / 7) ** 2  # of 8
 
   def animate(self, image, label, *, num_frames, sweep, alpha, seed, refine,
               num_sample_steps):
@@ -93,7 +68,8 @@ class Fading:
 def test_rows_by_hand(toy_records):
   run = Fading('frame_folders/none-16')
   found = evaluate.evaluate(
-    run, 'everything', evaluate.PROTOCOLS, directory=toy_records
+    run, 'everything', evaluate.PROTOCOLS, directory=toy_records,
+    faces='none',
   )
   batches = data.make_batches(
     'frame_folders/none-16', 'everything', 16, directory=toy_records
@@ -101,6 +77,7 @@ def test_rows_by_hand(toy_records):
   clips = list(batches.whole_clips())
   assert found['n'] == {
     'clips': len(clips), 'subjects': len({c['subject'] for c in clips}),
+    'skipped': 0,
   }
   clips = [c['video'].astype(float) for c in clips]
 
@@ -122,17 +99,44 @@ def test_rows_by_hand(toy_records):
     a = np.linspace(0, 1, len(real))[:, None, None, None]
     return np.rint((1 - a) * real[0] + a * real[-1])
 
+  def smooth(x):
+    x = np.concatenate([x[:1], x, x[-1:]])
+    return np.rint((x[:-2] + x[1:-1] + x[2:]) / 3)
+
   for name, make, frames in (
     ('profile', fade(3), 'all'), ('linear', fade(1), 'all'),
     ('oracle', fade(2), 'all'), ('blend', blend, 'inner'),
     ('copy', lambda real: real[:1].repeat(len(real), 0), 'all'),
+    ('linear temporal mean', lambda real: smooth(fade(1)(real)), 'all'),
   ):
     row = found['rows'][name]['psnr']
     np.testing.assert_allclose(row['mean'], psnr(make, frames), atol=1e-3)
     assert row['low'] <= row['mean'] <= row['high']
   # No clip of these tells its alpha: it is compared with time.
   np.testing.assert_allclose(found['clips']['alpha']['spearman'], 1.0)
-  assert '| copy |' in evaluate.table(found)
+  assert '| copy |' in score_report.table(found)
+
+
+def test_refinements_are_compared_with_their_draft(toy_records):
+  class Halving(Fading):
+    """Two stages: the second halves the contrast, by its strength."""
+
+    def animate(self, image, label, *, refine, **others):
+      draft = super().animate(image, label, refine=None, **others)
+      mean = draft.mean((2, 3), keepdims=True)
+      soft = mean + (draft - mean) * (1 - refine / 2)
+      return draft if refine == 0 else np.rint(soft).astype(np.uint8)
+
+  run = Halving('frame_folders/none-16')
+  run.stages = (*run.stages, run.stages[0])
+  rows = evaluate.evaluate(
+    run, 'everything', ('linear',), (0.0, 1.0), directory=toy_records,
+    faces='none',
+  )['rows']
+  get = lambda name: rows[name]['sharpness_of_draft']['mean']
+  assert get('linear refine 0') == 1
+  np.testing.assert_allclose(get('linear refine 1'), 0.25, atol=0.01)
+  assert 'sharpness_of_draft' not in rows['linear temporal mean']
 
 
 def test_wrong_settings(toy_records):

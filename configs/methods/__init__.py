@@ -27,7 +27,7 @@ def start_stage(method, presets, preset, image_size, **data):
     image_size=image_size,
     batch_size=1,                 # clips
     num_frames=12,                # K, besides the neutral one
-    frames='random',              # even over the whole clip, or a window
+    frames='random',              # even or blend over the clip, or a window
     include_last=False,           # the K-th is the apex
     load_size=0,                  # side before the random crop; 0: image_size
     pad=0,                        # edge pixels added before the crop

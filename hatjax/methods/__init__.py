@@ -8,10 +8,23 @@ from typing import Protocol
 import jax
 
 from hatjax import optim
-from hatjax.methods import hat_cgan, video_diffusion
+from hatjax.methods import (
+  face_classifier,
+  fev_gan,
+  hat_cgan,
+  identity_encoder,
+  motion_transfer,
+  super_resolution,
+  video_diffusion,
+)
 
 METHODS = {
+  'face_classifier': face_classifier.FaceClassifier,
+  'fev_gan': fev_gan.FEVGAN,
   'hat_cgan': hat_cgan.HatCGAN,
+  'identity_encoder': identity_encoder.IdentityEncoder,
+  'motion_transfer': motion_transfer.MotionTransfer,
+  'super_resolution': super_resolution.SuperResolution,
   'video_diffusion': video_diffusion.VideoDiffusion,
 }
 
@@ -23,7 +36,11 @@ class Method(Protocol):
   """What the commands ask of a method.
 
   One whose `train_step` reads batch['draft'], the video of the stage before,
-  says so with a property `needs_draft`.
+  says so with a property `needs_draft`; one with nets that are trained
+  elsewhere with `pretrained`, {net: file or stage it comes from}; one whose
+  results need a word with `notes`, a dict. One that makes no videos has,
+  instead of `animate`, `score(state, clip, n, label)`: {name: scalar} of one
+  clip float [T, H, W, 3], frames from n on being padding, for validation.
   """
 
   reads: tuple[str, ...]
@@ -36,6 +53,11 @@ class Method(Protocol):
 
   def animate(self, state, inputs, rng, num_frames):
     """[B, T, H, W, C] in [-1, 1]; may be split into `encode`, `decode`."""
+
+
+def makes_video(name):
+  """Whether there is a method of that name that has `animate`."""
+  return hasattr(METHODS.get(name), 'animate')
 
 
 def make(stage, steps_per_epoch=1, **model):

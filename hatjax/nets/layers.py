@@ -64,36 +64,38 @@ def _convolve(x, kernel, strides, padding, lhs_dilation=None):
   )
 
 
-def _pad_kernel_to_4(kernel):
-  """k3 s2 p1 is k4 s2 p1 whose last tap is zero (even sizes)."""
+def _pad_kernel_to_even(kernel):
+  """k3 s2 p1 is k4 s2 p1 whose last tap is zero (even sizes); k7 is k8."""
   nd = kernel.ndim - 2
-  pads = [(0, 4 - k) for k in kernel.shape[:nd]]
+  pads = [(0, k % 2) for k in kernel.shape[:nd]]
   return jnp.pad(kernel, [*pads, (0, 0), (0, 0)])
 
 
 def downsample_conv(x, kernel):
-  """Convolution with kernel 3 or 4, stride 2, padding 1; even sizes.
+  """Convolution with stride 2; even sizes.
 
   Args:
     x: [N, *spatial, C].
-    kernel: [k, ..., C, O], k = 3 or 4.
+    kernel: [k, ..., C, O], k = 3 or 4 (padding 1) or 7 (padding 3).
 
   Returns:
     [N, *spatial / 2, O].
   """
   nd = kernel.ndim - 2
+  pads = [((kernel.shape[0] - 1) // 2,) * 2] * nd
   if not _rewrite():
-    return _convolve(x, kernel, (2,) * nd, [(1, 1)] * nd)
-  kernel = _pad_kernel_to_4(kernel)
+    return _convolve(x, kernel, (2,) * nd, pads)
+  kernel = _pad_kernel_to_even(kernel)
   channels, features = kernel.shape[-2:]
-  if max(x.shape[1:-1]) <= 2 * SMALL:
+  if max(x.shape[1:-1]) <= 2 * SMALL and kernel.shape[0] == 4:
     return _taps(nd)[0](x) @ kernel.reshape(-1, features)
-  # Zero-pad, move each 2x..x2 cell into channels, then a 2x..x2 convolution.
-  x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
+  # Zero-pad, move each 2x..x2 cell into channels, then a dense convolution.
+  cells = (kernel.shape[0] // 2,) * nd
+  x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
   x = _cells_to_channels(x, nd)
   kernel = _split_axes(kernel, nd)
   return correlate(
-    x, kernel.reshape(*(2,) * nd, 2**nd * channels, features)
+    x, kernel.reshape(*cells, 2**nd * channels, features)
   )
 
 
@@ -108,7 +110,8 @@ def _cells_to_channels(x, nd):
 
 def _split_axes(kernel, nd):
   """[4, .., I, O] -> [2, .., 2, .., I, O]: which cell, which place in it."""
-  kernel = kernel.reshape(*(2, 2) * nd, *kernel.shape[-2:])
+  cells = kernel.shape[0] // 2
+  kernel = kernel.reshape(*(cells, 2) * nd, *kernel.shape[-2:])
   order = [*range(0, 2 * nd, 2), *range(1, 2 * nd, 2), 2 * nd, 2 * nd + 1]
   return kernel.transpose(order)
 
@@ -127,7 +130,7 @@ def upsample_conv(x, kernel):
     [N, 2 * spatial, O].
   """
   nd = kernel.ndim - 2
-  kernel = _pad_kernel_to_4(kernel)
+  kernel = _pad_kernel_to_even(kernel)
   if not _rewrite():
     flipped = jnp.flip(kernel, range(nd))
     return _convolve(
@@ -166,6 +169,31 @@ def upsample_conv(x, kernel):
     part = y[(slice(None), *window, slice(i * features, (i + 1) * features))]
     parts.append(part)
   return _interleave(jnp.stack(parts, axis=-2), nd)
+
+
+def nearest_conv(x, kernel):
+  """Doubles by repeating pixels, then convolves with kernel 3, padding 1.
+
+  The repeated pixels are never made: taps that meet the same input add up,
+  which leaves 4 / 9 of the products of each spatial pair.
+
+  Args:
+    x: [N, *spatial, C].
+    kernel: [3, ..., C, O].
+
+  Returns:
+    [N, 2 * spatial, O].
+  """
+  nd = kernel.ndim - 2
+  if max(x.shape[1:-1]) <= SMALL:  # Adding up the taps would cost more.
+    for axis in range(1, 1 + nd):
+      x = jnp.repeat(x, 2, axis)
+    return correlate(x, kernel, 1)
+  # Row k: which taps a transposed convolution's tap k is the sum of.
+  merged = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], x.dtype)
+  for axis in range(nd):
+    kernel = jnp.moveaxis(jnp.tensordot(merged, kernel, (1, axis)), 0, axis)
+  return upsample_conv(x, kernel)
 
 
 def _adjoints(forward, backward):
@@ -357,10 +385,12 @@ class Conv(nn.Module):
   Attributes:
     features: output channels.
     kernel: side of the kernel.
-    stride: 1, 2 (kernel 3 or 4, padding 1), or -2 (transposed).
+    stride: 1, 2 (kernel 3 or 4, padding 1, or 7, padding 3), or -2
+      (transposed).
     pad: zero padding on each side, for stride 1.
     reflect: pad by reflection instead of zeros, for stride 1.
     nd: number of spatial axes.
+    nearest: stride -2 repeats pixels, then convolves (kernel 3).
     dtype: compute type; parameters are float32.
   """
 
@@ -370,19 +400,22 @@ class Conv(nn.Module):
   pad: int = 1
   reflect: bool = False
   nd: int = 2
+  nearest: bool = False
   kernel_init: nn.initializers.Initializer = normal_init()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     shape = (self.kernel,) * self.nd + (x.shape[-1], self.features)
     kernel = self.param('kernel', self.kernel_init, shape)
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    bias = self.param('bias', self.bias_init, (self.features,))
     x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
     if self.stride == 2:
       return downsample_conv(x, kernel) + bias
     if self.stride == -2:
-      return upsample_conv(x, kernel) + bias
+      up = nearest_conv if self.nearest else upsample_conv
+      return up(x, kernel) + bias
     if self.reflect:
       padding = [(0, 0), *[(self.pad, self.pad)] * self.nd, (0, 0)]
       return correlate(jnp.pad(x, padding, mode='reflect'), kernel) + bias

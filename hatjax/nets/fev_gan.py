@@ -1,0 +1,276 @@
+"""FEV-GAN's nets: two image encoders, a video decoder, a video discriminator.
+
+Images are [B, S, S, 3], videos [B, T, S, S, 3], in [-1, 1]. Both encoders end
+on one grid, g x g (14 in the paper), on which their maps and those of the label
+are joined. Weights start as N(0, 0.01), batch norms as VGAN's.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from hatjax.nets import layers
+
+DECODERS = ('down4', 'up16')
+NORMS = ('batch', 'group')
+HEADS = ('direct', 'residual', 'warp')
+INJECTIONS = ('input', 'first')
+STD = 0.01
+
+
+def resize(images, size):
+  """[..., S, S, C] -> [..., size, size, C], bilinear."""
+  shape = (*images.shape[:-3], size, size, images.shape[-1])
+  return jax.image.resize(images, shape, 'bilinear')
+
+
+def one_hot_maps(label, num_labels, shape, dtype):
+  """int32 [B] -> [B, *shape, num_labels], constant over `shape`."""
+  maps = jax.nn.one_hot(label, num_labels, dtype=dtype)
+  maps = maps.reshape(len(label), *(1,) * len(shape), num_labels)
+  return jnp.broadcast_to(maps, (len(label), *shape, num_labels))
+
+
+def doublings(small, large, what):
+  """log2(large / small); ValueError, naming `what`, unless a whole number."""
+  count = round(math.log2(large / small)) if large >= small else -1
+  if count < 0 or small * 2**count != large:
+    raise ValueError(
+      f'{what} is {large}. It must be {small} times a power of two.'
+    )
+  return count
+
+
+class Norm(nn.Module):
+  """Batch norm, over B, T, H and W and all devices; or group norm, of a clip.
+
+  Attributes:
+    kind: 'batch' or 'group' (four channels each). With a few clips a batch, a
+      batch norm's running moments are poor: a net that made 34 dB in training
+      made 31.6 of the same clips with them.
+    axis_name: of the devices under pmap; under jit the mean is over all of
+      them as it is.
+  """
+
+  kind: str = 'batch'
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train):
+    around_1 = lambda *args: 1 + 0.02 * jax.random.normal(*args)
+    if self.kind == 'group':
+      scale = self.param('scale', around_1, x.shape[-1:])
+      bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+      return _group_norm(x, scale, bias, math.gcd(4, x.shape[-1]))
+    return nn.BatchNorm(
+      use_running_average=not train, momentum=0.9, axis_name=self.axis_name,
+      scale_init=around_1, dtype=self.dtype,
+    )(x)
+
+
+def _group_norm(x, scale, bias, size, eps=1e-5):
+  """Of [B, ..., C], `size` channels each; from the channels' moments, so that
+  only small arrays are regrouped."""
+  wide = x.astype(jnp.float32)
+  axes = tuple(range(1, x.ndim - 1))
+  moments = jnp.stack([wide.mean(axes), jnp.square(wide).mean(axes)])
+  groups = moments.reshape(2, len(x), -1, size).mean(-1)
+  mean, square = jnp.repeat(groups, size, -1)
+  gain = scale * jax.lax.rsqrt(square - jnp.square(mean) + eps)
+  spread = lambda v: jnp.expand_dims(v, axes)
+  return (wide * spread(gain) + spread(bias - mean * gain)).astype(x.dtype)
+
+
+class _Net(nn.Module):
+  """What the nets below share."""
+
+  def conv(self, features, **kwargs):
+    return layers.Conv(
+      features, kernel_init=layers.normal_init(STD), dtype=self.dtype, **kwargs
+    )
+
+  def norm(self):
+    return Norm(self.norm_kind, self.axis_name, self.dtype)
+
+
+class SpatialEncoder(_Net):
+  """E_s: halvings by k4 s2 p1, then one valid convolution onto the grid.
+
+  64 -> 32 -> 16 -> 14 with width, 2 width, 4 width channels.
+  """
+
+  grid: int = 14
+  width: int = 128
+  norm_kind: str = 'batch'
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, image, train=False):
+    x = image.astype(self.dtype)
+    count = int(math.log2(x.shape[1] / self.grid))
+    for i in range(count):
+      x = self.conv(self.width * 2**i, kernel=4, stride=2)(x)
+      x = nn.relu(self.norm()(x, train) if i else x)
+    kernel = x.shape[1] - self.grid + 1
+    x = self.conv(self.width * 2**count, kernel=kernel, pad=0)(x)
+    return nn.relu(self.norm()(x, train))
+
+
+class Decoder(_Net):
+  """G_dec: maps on the grid -> video [B, T, S, S, out_channels], linear.
+
+  `down4` shrinks the grid to 4x4 and is VGAN's generator from there on: every
+  layer doubles time and space. `up16` grows the grid by a valid transposed
+  convolution (14 -> 16), doubles time and space until the side is reached, then
+  time alone. Channels start at 8 width (down4) or 4 width and halve with each
+  doubling, down to `width`, or a quarter of it where only time doubles.
+  """
+
+  image_size: int = 64
+  num_frames: int = 32
+  arch: str = 'down4'
+  width: int = 128
+  out_channels: int = 3
+  norm_kind: str = 'batch'
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    block = lambda x: nn.relu(self.norm()(x, train))
+    if self.arch == 'down4':
+      x = block(self.conv(8 * self.width, kernel=4, stride=2)(x))
+      x = block(self.conv(8 * self.width, kernel=x.shape[1] - 3, pad=0)(x))
+      x = self._two_frames(x, 8 * self.width, kernel=1)
+    else:
+      x = self._two_frames(x, 4 * self.width, kernel=3)
+    x = block(x)
+    space = doublings(x.shape[2], self.image_size, 'model.image_size')
+    time = doublings(2, self.num_frames, 'model.num_frames')
+    features = x.shape[-1]
+    for i in range(max(space, time)):
+      last = i + 1 == max(space, time)
+      features = max(features // 2, self.width if i < space else 1)
+      x = self._double(
+        x, self.out_channels if last else features, i < time, i < space
+      )
+      x = x if last else block(x)
+    return x.astype(jnp.float32)
+
+  def _two_frames(self, x, features, kernel):
+    """Transposed convolution (2, k, k) of one frame: [B, 2, h+k-1, ..]."""
+    x = self.conv(2 * features, kernel=kernel, pad=kernel - 1)(x)
+    return rearrange(x, 'b h w (t c) -> b t h w c', t=2)
+
+  def _double(self, x, features, time, space):
+    """k4 s2 p1, transposed, along time, space or both."""
+    conv = lambda nd: self.conv(features, kernel=4, stride=-2, nd=nd)
+    if time and space:
+      return conv(3)(x)
+    b, t, h, w, _ = x.shape
+    if space:
+      x = conv(2)(rearrange(x, 'b t h w c -> (b t) h w c'))
+      return rearrange(x, '(b t) h w c -> b t h w c', b=b)
+    x = conv(1)(rearrange(x, 'b t h w c -> (b h w) t c'))
+    return rearrange(x, '(b h w) t c -> b t h w c', b=b, h=h)
+
+
+class Generator(nn.Module):
+  """E_s and G_dec; what the decoder makes, as frames.
+
+  Attributes:
+    spatial: whether E_s is there.
+    dropout: share of E_id's maps that a training step leaves out, so that the
+      decoder does not learn the training subjects by heart.
+    head: 'direct' (tanh); 'residual' (input + y); 'warp' (the input, each of
+      its pixels fetched from where a flow of the decoder says, + y).
+  """
+
+  image_size: int = 64
+  num_frames: int = 32
+  num_labels: int = 6
+  grid: int = 14
+  spatial: bool = True
+  dropout: float = 0.0
+  es_width: int = 128
+  dec_arch: str = 'down4'
+  dec_width: int = 128
+  head: str = 'direct'
+  norm_kind: str = 'batch'
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, image, identity, label, train=False):
+    """Makes a video.
+
+    Args:
+      image: float32 [B, S, S, 3].
+      identity: F_id [B, g, g, C], or None.
+      label: int32 [B].
+      train: batch norms use the batch's own statistics and note them.
+
+    Returns:
+      What the decoder says, float32 [B, T, S, S, 3 or 5]: colours and, of the
+      head 'warp', the flow.
+    """
+    common = dict(
+      norm_kind=self.norm_kind, axis_name=self.axis_name, dtype=self.dtype
+    )
+    maps = []
+    if identity is not None:
+      drop = nn.Dropout(self.dropout, (1, 2), deterministic=not train)
+      maps.append(drop(identity.astype(self.dtype)))
+    if self.spatial:
+      encoder = SpatialEncoder(
+        self.grid, self.es_width, name='spatial_encoder', **common
+      )
+      maps.append(encoder(image, train))
+    shape = (self.grid, self.grid)
+    maps.append(one_hot_maps(label, self.num_labels, shape, self.dtype))
+    return Decoder(
+      self.image_size, self.num_frames, self.dec_arch, self.dec_width,
+      5 if self.head == 'warp' else 3, name='decoder', **common,
+    )(jnp.concatenate(maps, -1), train)
+
+
+class Discriminator(_Net):
+  """D: strided 3-D convolutions of a video and its label -> one logit.
+
+  Five layers at 64x64: 16, 8, 4, 2 frames of 32, 16, 8, 4 pixels, then all that
+  is left. The label's maps join after the first (`inject` 'first') or at the
+  input. No norm in the first and last.
+  """
+
+  width: int = 64
+  num_labels: int = 6
+  inject: str = 'first'
+  norm_kind: str = 'batch'
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, video, label):
+    """[B, T, S, S, 3], int32 [B] -> float32 [B]."""
+    x = video.astype(self.dtype)
+    join = lambda x: jnp.concatenate([x, one_hot_maps(
+      label, self.num_labels, x.shape[1:-1], x.dtype
+    )], -1)
+    if self.inject == 'input':
+      x = join(x)
+    for i in range(doublings(4, video.shape[2], 'model.image_size')):
+      features = self.width * min(2**i, 8)
+      x = self.conv(features, kernel=4, stride=2, nd=3)(x)
+      x = layers.leaky_relu(self.norm()(x, True) if i else x)
+      if i == 0 and self.inject == 'first':
+        x = join(x)
+    # A convolution as large as its input is a product.
+    x = layers.Dense(1, layers.normal_init(STD), self.dtype)(
+      x.reshape(len(x), -1)
+    )
+    return x[:, 0].astype(jnp.float32)

@@ -1,0 +1,352 @@
+"""FEV-GAN: the specification's shapes and counts, its losses, its nets taken
+from elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from configs import frame_folders, mug, synthetic
+from configs.methods import fev_gan as fev_config
+from hatjax import (
+  data,
+  evaluate,
+  init_from,
+  losses,
+  methods,
+  runs,
+  score_report,
+  train,
+)
+from hatjax.methods import identity_encoder
+from hatjax.nets import fev_gan as nets
+
+KEY = jax.random.key(0)
+
+
+def make(preset='tiny', size=16, **changes):
+  stage = fev_config.get_stage(preset, size, {'name': 'none'}).to_dict()
+  stage['model'] |= changes
+  return methods.make(stage, num_labels=6)
+
+
+def count(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def shapes(net, *args):
+  """(shape of the output, parameters by name), without work."""
+  args = [jax.ShapeDtypeStruct(a, jnp.float32) for a in args]
+  out, variables = jax.eval_shape(net.init_with_output, KEY, *args)
+  return out.shape, variables['params']
+
+
+@pytest.fixture(scope='module')
+def tiny():
+  method = make()
+  t, s = method.num_frames, method.image_size
+  rng = np.random.default_rng(0)
+  video = rng.uniform(-1, 1, (2, t, s, s, 3)).astype(np.float32)
+  mask = np.zeros((*video.shape[:-1], 1), np.float32)
+  batch = {'video': video, 'label': np.array([1, 4]), 'lip_mask': mask}
+  return method, jax.jit(method.init)(KEY, batch), batch
+
+
+@pytest.mark.parametrize('preset, decoder, total', [
+  ('paper', 79.8e6, 81.5e6), ('paper_1024', 88.2e6, 89.9e6),
+])
+def test_parameter_counts_of_the_specification(preset, decoder, total):
+  method = make(preset, 64)
+  batch = data.example_batch(64, 1, 31)
+  state = jax.eval_shape(method.init, KEY, batch)
+  generator = state.params['generator']
+  assert count(generator['decoder']) == pytest.approx(decoder, rel=1e-3)
+  assert count(generator['spatial_encoder']) == pytest.approx(1.71e6, rel=2e-3)
+  assert count(generator) == pytest.approx(total, rel=1e-3)
+  assert count(state.params['discriminator']) == pytest.approx(
+    11.1e6, rel=2e-3
+  )
+  assert count(state.params['identity_encoder']) == 14_714_688
+  assert set(state.opt_state) == {'generator', 'discriminator'}
+  inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
+  video = jax.eval_shape(
+    lambda s: method.animate(s, inputs, None, 32), state
+  )
+  assert video.shape == (1, 32, 64, 64, 3)
+
+
+def test_shapes_of_the_specification():
+  # 64 -> 32 -> 16 -> 14; 224 -> 14 is in test_vgg.
+  assert shapes(nets.SpatialEncoder(), (1, 64, 64, 3))[0] == (1, 14, 14, 512)
+  for arch in nets.DECODERS:
+    out, params = shapes(nets.Decoder(arch=arch), (1, 14, 14, 1030))
+    assert out == (1, 32, 64, 64, 3)
+  kernels = [p['kernel'].shape[:-2] for n, p in params.items() if 'Conv' in n]
+  assert kernels == [(3, 3), (4,) * 3, (4,) * 3, (4,), (4,)]
+  half = shapes(nets.Decoder(width=64), (1, 14, 14, 1030))[1]
+  assert count(half) == pytest.approx(24.2e6, rel=2e-3)
+  assert make('paper', 64).grid == make('default', 64).grid == 14
+
+
+@pytest.mark.parametrize('time, space', [(True, False), (False, True)])
+def test_doubling_one_axis_is_a_transposed_convolution(time, space):
+
+  class Double(nets.Decoder):
+    @nets.nn.compact
+    def __call__(self, x):
+      return self._double(x, 3, time, space)
+
+  x = jax.random.normal(KEY, (2, 4, 6, 6, 5))
+  double = Double()
+  params = double.init(KEY, x)
+  kernel = params['params']['Conv_0']['kernel']
+  size = (4 if time else 1, *(4 if space else 1,) * 2)
+  kernel = jnp.flip(kernel.reshape(*size, 5, 3), (0, 1, 2))
+  expected = lax.conv_general_dilated(
+    x, kernel, (1, 1, 1), [(2, 2) if k == 4 else (0, 0) for k in size],
+    lhs_dilation=[2 if k == 4 else 1 for k in size],
+    dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
+  )
+  np.testing.assert_allclose(double.apply(params, x), expected, atol=1e-5)
+
+
+def test_batch_norm_is_over_all_devices():
+  x = jax.random.normal(KEY, (4, 3, 3, 2)) * 3 + 1
+  norm = nets.Norm('batch')
+  variables = norm.init(KEY, x, True)
+  params, stats = variables['params'], variables['batch_stats']
+  gain, mean, var = params['BatchNorm_0']['scale'], x.mean((0, 1, 2)), x.var(
+    (0, 1, 2)
+  )
+  run = lambda norm: lambda x: norm.apply(
+    variables, x, True, mutable=['batch_stats']
+  )
+  whole, new = run(norm)(x)
+  expected = gain * (x - mean) / np.sqrt(var + 1e-5)
+  np.testing.assert_allclose(whole, expected, atol=1e-4)
+  noted = 0.9 * stats['BatchNorm_0']['mean'] + 0.1 * mean
+  np.testing.assert_allclose(
+    new['batch_stats']['BatchNorm_0']['mean'], noted, atol=1e-5
+  )
+  halves, both = jax.pmap(run(nets.Norm('batch', 'd')), 'd')(
+    x.reshape(2, 2, 3, 3, 2)
+  )
+  np.testing.assert_allclose(halves.reshape(x.shape), whole, atol=1e-5)
+  for leaf, one in zip(jax.tree.leaves(both), jax.tree.leaves(new)):
+    np.testing.assert_allclose(leaf, np.stack([one, one]), atol=1e-5)
+
+
+def test_group_norm_is_flaxs():
+  x = jax.random.normal(KEY, (2, 3, 4, 4, 8)) * 3 + 1
+  ours, theirs = nets.Norm('group'), nets.nn.GroupNorm(None, group_size=4)
+  params = ours.init(KEY, x, True)
+  np.testing.assert_allclose(
+    ours.apply(params, x, False), theirs.apply(params, x), atol=1e-4
+  )
+
+
+def test_identity_loss_is_zero_for_the_input_face(tiny):
+  method, state, batch = tiny
+  params, image = state.params['identity_encoder'], batch['video'][:, 0]
+  faces = method._identify(params, image)
+  still = np.repeat(image[:, None], method.num_frames, 1)
+  assert float(method.identity_loss(still, faces, params)) == 0
+  moved = still.copy()
+  moved[:, 1] += 0.5  # frame 1 of 8 is not among the four
+  assert float(method.identity_loss(moved, faces, params)) == 0
+  moved[:, 2] += 0.5
+  feature = method._identify(params, moved[:, 2])
+  expected = losses.l1(faces[0], feature[0]).mean() / 4
+  loss = method.identity_loss(moved, faces, params)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert loss > 0
+
+
+def test_losses_are_those_of_equations_1_and_3(tiny):
+  method, state, batch = tiny
+  fake = np.asarray(batch['video'])[:, ::-1] * 0.5
+  faces = method._identify(
+    state.params['identity_encoder'], batch['video'][:, 0]
+  )
+  loss, m = method.generator_loss(fake, faces, state, batch)
+  np.testing.assert_allclose(
+    loss, m['loss/gan'] + 100 * m['loss/l1'] + m['loss/identity_trained'],
+    rtol=1e-5,
+  )
+  np.testing.assert_allclose(
+    m['loss/l1'], np.abs(fake - batch['video']).mean(), rtol=1e-5
+  )
+  params = state.params['discriminator']
+  loss, _ = method.discriminator_loss(params, fake, batch)
+  real, made = (
+    jax.nn.sigmoid(method._judge(params, video, batch['label']))
+    for video in (batch['video'], fake)
+  )
+  # -log D(Y) - log(1 - D(Y^)), halved; the generator's is -log D(Y^).
+  expected = -0.5 * (jnp.log(real) + jnp.log(1 - made)).mean()
+  np.testing.assert_allclose(loss, expected, rtol=1e-4)
+  np.testing.assert_allclose(m['loss/gan'], -jnp.log(made).mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize('changes, nets_left, notes', [
+  (dict(use_identity=False), ['decoder', 'spatial_encoder'],
+   {'eid': 'trained', 'without': 'E_id'}),
+  (dict(use_identity=False, lambda_id=0.0), ['decoder', 'spatial_encoder'],
+   {'eid': 'none', 'without': 'E_id'}),
+  (dict(use_spatial=False, head='direct', norm='batch'), ['decoder'],
+   {'eid': 'trained', 'without': 'E_s'}),
+  (dict(eid='random', lambda_gan=0.0, dec_arch='down4', eid_size=16,
+        head='residual', remat=True, dtype='bfloat16', dec_size=8),
+   ['decoder', 'spatial_encoder'], {'eid': 'random'}),
+])
+def test_ablations_and_variants_build(tiny, changes, nets_left, notes):
+  method, batch = make(**changes), tiny[2]
+  state = jax.eval_shape(method.init, KEY, batch)
+  new, _ = jax.eval_shape(method.train_step, state, batch, KEY)
+  same = jax.tree.map(lambda a, b: a.shape == b.shape, state, new)
+  assert all(jax.tree.leaves(same))
+  assert sorted(state.params['generator']) == nets_left
+  assert ('identity_encoder' in state.params) == (notes['eid'] != 'none')
+  assert method.notes == notes
+
+
+def test_label_and_both_encoders_reach_the_video(tiny):
+  method, state, batch = tiny
+  params, stats = state.params['generator'], state.model_state['batch_stats']
+  image, label = batch['video'][:1, 0], np.array([1])
+  faces = method._identify(state.params['identity_encoder'], image)
+  run = jax.jit(lambda image, faces, label: method.generator.apply(
+    {'params': params, 'batch_stats': stats}, image, faces, label
+  ))
+  base = run(image, faces[0], label)
+  for other in (
+    run(-image, faces[0], label), run(image, 1 - faces[0], label),
+    run(image, faces[0], np.array([2])),
+  ):
+    assert np.abs(base - other).max() > 0
+
+
+def test_a_flow_fetches_pixels(tiny):
+  method, _, batch = tiny
+  image = batch['video'][:, 0]
+  said = np.zeros((2, method.num_frames, 16, 16, 5), np.float32)
+  still = method._show(image, said)
+  np.testing.assert_allclose(
+    still, np.repeat(image[:, None], method.num_frames, 1), atol=1e-5
+  )
+  # One pixel to the right: 2 / 15 of the width, in units of a quarter.
+  said[..., 3] = 4 * 2 / 15
+  said[..., 0] = 0.25
+  moved = method._show(image, said)
+  expected = image[:, None, :, 1:] + np.array([0.25, 0, 0])
+  np.testing.assert_allclose(moved[:, :1, :, :-1], expected, atol=1e-5)
+
+
+def test_other_lengths_are_blended_in_time(tiny):
+  method, state, batch = tiny
+  inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
+  animate = jax.jit(method.animate, static_argnums=3)
+  own = np.asarray(animate(state, inputs, KEY, 8))
+  longer = animate(state, inputs, KEY, 15)
+  np.testing.assert_allclose(longer[:, ::2], own, atol=1e-6)
+  middle = (own[:, :-1] + own[:, 1:]) / 2
+  np.testing.assert_allclose(longer[:, 1::2], middle, atol=1e-6)
+
+
+def test_contrast_by_hand():
+  a, b = (1.0, 0.0), (0.6, 0.8)
+  vectors = jnp.array([a, b, a])
+  value, right = identity_encoder.contrast(vectors, jnp.array([3, 3, 5]), 0.5)
+  # Cosines over 0.5: a-b 1.2, a-a' 2, b-a' 1.2; pairs: a->b, b->a.
+  first = np.log(np.exp(1.2) + np.exp(2.0)) - 1.2
+  second = np.log(2 * np.exp(1.2)) - 1.2
+  np.testing.assert_allclose(value, (first + second + 0) / 3, rtol=1e-5)
+  assert float(right) == pytest.approx(1 / 3)  # b's nearest is the first a
+
+
+@pytest.mark.parametrize('changes, message', [
+  (dict(eid='vgg'), 'model.eid is .* vgg_face, trained, random'),
+  (dict(dec_arch='up4'), 'model.dec_arch .* down4, up16'),
+  (dict(use_identity=False, use_spatial=False), 'are both off'),
+  (dict(eid_size=20), 'eid_size is 20: 2 blocks make a grid of 10, which up16'),
+  (dict(num_frames=7), 'num_frames is 7'),
+  (dict(n_id_frames=9), 'n_id_frames is 9. Use 1 to 8'),
+])
+def test_wrong_settings_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    make(**changes)
+
+
+def test_wrong_number_of_frames_is_named():
+  with pytest.raises(ValueError, match='Set data.num_frames to 7'):
+    make().init(KEY, data.example_batch(16, 1, 8))
+
+
+def test_features_of_another_grid_are_named():
+  method = make(eid_taps=('relu1_1', 'relu2_1'))
+  with pytest.raises(ValueError, match='relu1_1 has 12x12 maps, not 6x6'):
+    jax.eval_shape(method.init, KEY, data.example_batch(16, 1, 7))
+
+
+def test_configs_have_their_own_size_and_frames():
+  for config in (mug, frame_folders, synthetic):
+    stage = config.get_config('fev_gan').fev_gan
+    assert stage.data.image_size == 64 and stage.model.num_frames == 32
+    assert (stage.data.num_frames, stage.data.frames) == (31, 'even')
+  paper = mug.get_config('fev_gan,paper').fev_gan
+  assert paper.optim.generator.lr == 2e-5 and paper.model.eid == 'vgg_face'
+  assert (paper.data.name, paper.data.split, paper.train.val_split) == (
+    'mug/face-256-black', 'subjects_80', 'subjects_20'
+  )
+
+
+def test_nets_from_elsewhere_are_asked_for_and_checked(tiny, tmp_path):
+  method, state, _ = tiny
+  config = {'stages': ('fev_gan',)}
+  with pytest.raises(ValueError, match='init_from.identity_encoder is empty'):
+    init_from.load(config, method)
+  net = jax.tree.map(lambda x: x + 1, state.params['identity_encoder'])
+  new = init_from.put(state, {'identity_encoder': net | {'fc6': {}}})
+  same = jax.tree.map(np.array_equal, new.params['identity_encoder'], net)
+  assert all(jax.tree.leaves(same))
+  with pytest.raises(ValueError, match='conv1_1 .*expected .*3, 3, 3, 2'):
+    init_from.put(state, {'identity_encoder': {'conv1_1': {}}})
+  method = make(eid='vgg_face')
+  np.savez(tmp_path / 'w.npz', **{'conv1_1/bias': np.ones(2)})
+  config['init_from'] = {'vgg_face': tmp_path / 'w.npz'}
+  nets_found = init_from.load(config, method)
+  np.testing.assert_array_equal(
+    nets_found['identity_encoder']['conv1_1']['bias'], [1, 1]
+  )
+  assert init_from.load(config, make(eid='random')) == {}
+
+
+def test_one_command_trains_the_encoder_and_what_needs_it(
+  toy_records, tmp_path
+):
+  config = frame_folders.get_config('identity_encoder,fev_gan,tiny').to_dict()
+  for name in config['stages']:
+    config[name]['data'] |= dict(
+      name='frame_folders/none-16', split='everything'
+    )
+    config[name]['train'] |= dict(
+      num_steps=2, ckpt_every=2, val_split='everything', val_clips=1
+    )
+  states = train.train(config, tmp_path / 'run', toy_records)
+  learned = states['identity_encoder'].params['identity_encoder']
+  taken = states['fev_gan'].params['identity_encoder']
+  assert jax.tree.all(jax.tree.map(np.array_equal, learned, taken))
+  run = runs.load(tmp_path / 'run')
+  assert [stage.name for stage in run.stages] == ['fev_gan']
+  clip = run.animate(np.zeros((16, 16, 3), np.uint8), 'happy', num_frames=8)
+  assert clip.shape == (1, 8, 16, 16, 3)
+  result = evaluate.evaluate(run, 'everything', num_clips=1,
+                             directory=toy_records)
+  assert result['settings']['notes'] == {'eid': 'trained'}
+  assert 'eid trained.\n' in score_report.notes(result)
+  again = frame_folders.get_config('fev_gan,tiny').to_dict()
+  again['init_from'] = {'identity_encoder': str(tmp_path / 'run')}
+  method = runs.make_method(again['fev_gan'], run.config['info'], 16)
+  found = init_from.load(again, method)['identity_encoder']
+  assert jax.tree.all(jax.tree.map(np.array_equal, learned, found))
