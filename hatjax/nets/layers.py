@@ -473,37 +473,6 @@ def instance_norm(x, eps=1e-5):
   return (centred * lax.rsqrt(var + eps)).astype(x.dtype)
 
 
-def in_pieces(function, piece):
-  """A function whose rows are computed some at a time.
-
-  Args:
-    function: (x [*, rows, tokens, C], params) -> the same shape, each row on
-      its own.
-    piece: tokens at a time; the rows must share them evenly. What lies between
-      x and the result is computed again in the backward pass. 0: all at once,
-      nothing again.
-  """
-  if not piece:
-    return function
-  function = jax.checkpoint(function)
-
-  def run(x, *params):
-    *_, rows, tokens, _ = x.shape
-    count = next(
-      n for n in range(1, rows + 1)
-      if not rows % n and (rows // n * tokens <= piece or n == rows)
-    )
-    if count == 1:
-      return function(x, *params)
-    pieces = x.reshape(*x.shape[:-3], count, rows // count, *x.shape[-2:])
-    y = jax.lax.map(
-      lambda x: function(x, *params), jnp.moveaxis(pieces, -4, 0)
-    )
-    return jnp.moveaxis(y, 0, -4).reshape(x.shape)
-
-  return run
-
-
 def leaky_relu(x):
   """Slope 0.2 below zero."""
   return jax.nn.leaky_relu(x, 0.2)

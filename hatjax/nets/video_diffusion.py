@@ -174,7 +174,7 @@ class Heads(nn.Module):
     if self.bias:
       bias = self.param('bias', nn.initializers.zeros, (channels,))
       params.append(bias)
-    return layers.in_pieces(self._run, self.piece)(norm(x), *params)
+    return in_pieces(self._run, self.piece)(norm(x), *params)
 
   def _run(self, x, kernel, out, bias=None):
     channels = x.shape[-1]
@@ -186,6 +186,37 @@ class Heads(nn.Module):
     out = out.astype(self.dtype).reshape(self.heads, -1, channels)
     y = jnp.einsum('h...nd,hdc->...nc', y, out)
     return y if bias is None else y + bias.astype(self.dtype)
+
+
+def in_pieces(function, piece):
+  """A function whose rows are computed some at a time.
+
+  Args:
+    function: (x [*, rows, tokens, C], params) -> the same shape, each row on
+      its own.
+    piece: tokens at a time; the rows must share them evenly. What lies between
+      x and the result is computed again in the backward pass. 0: all at once,
+      nothing again.
+  """
+  if not piece:
+    return function
+  function = jax.checkpoint(function)
+
+  def run(x, *params):
+    *_, rows, tokens, _ = x.shape
+    count = next(
+      n for n in range(1, rows + 1)
+      if not rows % n and (rows // n * tokens <= piece or n == rows)
+    )
+    if count == 1:
+      return function(x, *params)
+    pieces = x.reshape(*x.shape[:-3], count, rows // count, *x.shape[-2:])
+    y = jax.lax.map(
+      lambda x: function(x, *params), jnp.moveaxis(pieces, -4, 0)
+    )
+    return jnp.moveaxis(y, 0, -4).reshape(x.shape)
+
+  return run
 
 
 def attend_linearly(q, k, v):
