@@ -28,7 +28,7 @@ def _lpips(path):
 
 
 def _features(depths):
-  """Reads the convolutions of torchvision's VGG; its classifier stays out."""
+  """Reads the convolutions of a VGG; its classifier stays out."""
 
   def read(path):
     arrays = vgg.from_torch(torch_files.read(path), depths)
@@ -46,6 +46,7 @@ CONVERTERS = {
     lambda path: pretrained.resnext_from_torch(torch_files.read(path)),
   'vgg16': _features(vgg.D),
   'vgg19': _features(vgg.E),
+  'vgg_face': _features(vgg.D),
   'lpips_vgg': _lpips,
 }
 
