@@ -212,10 +212,8 @@ def _check_stored(folder, clips):
   frames = 'times' if 'times' in builder.info.features else 'video'
   decoders = {k: _Encoded() for k in ('video', 'lip_mask') if frames == 'video'}
   source = builder.as_data_source(SPLIT, decoders=decoders)
-  stored = [
-    (example['id'].decode(), len(example[frames]))
-    for example in map(source.__getitem__, range(len(source)))
-  ]
+  read = map(source.__getitem__, range(len(source)))
+  stored = [(record['id'].decode(), len(record[frames])) for record in read]
   if stored != [(name, clip['num_frames']) for name, clip in clips.items()]:
     raise OSError(
       f'The records in {folder} cannot be read back whole. '
@@ -309,10 +307,8 @@ def _plan(clip, options):
       )
     box = faces.square_crop_box(face, neutral.shape)
   source = 'mouth box' if face else 'none'
-  if tracked:
-    source = 'landmarks'
-  if own:
-    source = 'own'
+  if own or tracked:
+    source = 'own' if own else 'landmarks'
   if black and face is None and not tracked:
     raise ValueError('no face found. Use --background keep.')
   size = options['image_size'] or None
