@@ -46,7 +46,7 @@ def tiny_config(argument='hat_cgan_diff', mode='paired', steps=4, **init_from):
 def parameters(folder, stage):
   """Everything in the newest checkpoint of a stage, as host arrays."""
   config = workdir.read_config(folder)
-  state = runs._load_stage(folder, config, stage).state
+  state = runs.load_stage(folder, config, stage).state
   return jax.tree.leaves(jax.device_get(state))
 
 
