@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hatjax import data, evaluate, metrics, score_report, scores
+from hatjax import data, evaluate, metrics, runs, score_report, scores
 
 
 def test_flicker_by_hand():
@@ -45,9 +45,12 @@ def test_temporal_mean_by_hand():
 class Fading:
   """Stands in for a run: goes from the face to white, as alpha says."""
 
+  reads = ('image', 'label')
+
   def __init__(self, name):
     block = dict(name=name, image_size=16, split='everything')
-    self.step, self.stages = 7, (('hat_cgan', self, None),)
+    self.step, self.method = 7, self
+    self.stages = (runs.Stage('hat_cgan', self, None),)
     self.config = {
       'stages': ['hat_cgan'], 'hat_cgan': {'data': block},
       'info': {'labels': ['happy', 'sad'], 'fingerprint': 'x'},

@@ -19,6 +19,7 @@ class FakeRun:
 
   def __init__(self, labels=LABELS, crop='face'):
     self.labels, self.crop, self.image_size = labels, crop, SIZE
+    self.background = 'keep'
     self.calls = []
 
   def match_label(self, label):
