@@ -24,7 +24,8 @@ STAGES = test_methods.tiny_stages()
 # Noise apart, devices must agree. Not shown yet: those that cannot leave their
 # noise out, and fev_gan, whose discriminator differs at one clip a device.
 COMPARED = [
-  stage for stage in STAGES if stage['method'] in ('hat_cgan', 'video_diffusion')
+  stage for stage in STAGES
+  if stage['method'] in ('hat_cgan', 'video_diffusion')
 ]
 
 
