@@ -8,6 +8,7 @@ Where a run has several stages, each refines the video of the one before.
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from typing import NamedTuple
 
@@ -255,7 +256,8 @@ class Run:
       return clips
     frames = np.moveaxis(clips, 1, 0)
     label = label if self.labels else None
-    return np.stack([*self._refined(frames, label, refine, steps, seed)], 1)
+    refined = self._refined(frames, label, refine, steps, seed, images)
+    return np.stack([*refined], 1)
 
   def _make(self, images, label, rng, num_frames, sweep, alpha_max, alpha):
     """The first stage's videos, uint8 [B, T, S, S, 3]."""
@@ -360,16 +362,21 @@ class Run:
       )
     return frames
 
-  def _refined(self, frames, label, strength, steps, seed):
-    """Iterables of uint8 [B, S, S, 3], before and after the last stage."""
+  def _refined(self, frames, label, strength, steps, seed, images=None):
+    """Iterables of uint8 [B, S, S, 3], before and after the last stage; what
+    the frames were made from, or the first of them."""
     name, method, state = self.stages[-1]
+    if images is None:
+      frames = iter(frames)
+      images = next(frames, None)
+      frames = itertools.chain([] if images is None else [images], frames)
     rng = jax.random.key(seed)
     trained = self.config[name]['data']['num_frames']
 
     def denoise(clip, start):
       positions = start + np.arange(len(clip))
       return np.asarray(self._denoise(
-        state, np.stack(clip, 1), label, positions, rng, strength, steps
+        state, np.stack(clip, 1), images, label, positions, rng, strength, steps
       ))
 
     window = method.window or trained
@@ -438,10 +445,10 @@ class Run:
 
   @functools.cached_property
   def _denoise(self):
-    def denoise(state, draft, label, positions, rng, strength, steps):
+    def denoise(state, draft, image, label, positions, rng, strength, steps):
       rng_noise, rng_walk = jax.random.split(rng)
       inputs = {
-        'draft': video.to_float(draft),
+        'draft': video.to_float(draft), 'image': video.to_float(image),
         'noise': _noise(rng_noise, positions, draft[:, 0].shape, 1),
       } | ({} if label is None else {'label': label})
       method = dataclasses.replace(

@@ -465,7 +465,7 @@ def test_guidance_goes_from_the_null_label_through_the_label(tiny):
   dict(
     mode='paired', conv='space_time', schedule='additive', patch=2,
     sampler='ancestral', prediction='eps', loss='l1', guidance=2.0,
-    dynamic_threshold=0.9, remat=True,
+    dynamic_threshold=0.9, remat=True, mean_fraction=0.0,
   ),
   dict(
     norm='rms', schedule='linear', prediction='x0', dtype='bfloat16',
@@ -506,6 +506,7 @@ def test_paired_mode_diffuses_what_the_draft_lacks():
   method = make(
     **SMALL, mode='paired', prediction='v', loss='l2', strength=0.5,
     num_sample_steps=2, draft_error=0.1, min_snr_gamma=0.0,
+    mean_fraction=0.0,
   )
   batch, noise = toy_batch(), normal(3, 2, 3, 8, 8, 3)
   state = method.init(jax.random.key(0), batch)  # says 0 to everything
@@ -515,7 +516,8 @@ def test_paired_mode_diffuses_what_the_draft_lacks():
     np.reshape(x[t], (2, 1, 1, 1, 1)) for x in method.noise_schedule
   )
   task = {
-    'x0': real, 'draft': draft, 'noise': noise, 't': t, 'label': batch['label']
+    'x0': real, 'draft': draft, 'noise': noise, 't': t,
+    'image': batch['video'][:, 0], 'label': batch['label'],
   }
   loss, metrics = jax.jit(method.denoiser_loss)(
     state.params['denoiser'], task
@@ -537,6 +539,47 @@ def test_paired_mode_diffuses_what_the_draft_lacks():
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_paired_mode_learns_the_mean_without_noise():
+  method = make(
+    **SMALL, mode='paired', prediction='v', loss='l2', strength=0.5,
+    num_sample_steps=2, draft_error=0.1, mean_fraction=1.0, image_fraction=0.0,
+  )
+  batch, noise = toy_batch(), normal(3, 2, 3, 8, 8, 3)
+  state = method.init(jax.random.key(0), batch)
+  task = jax.jit(method.draw_task)(batch, jax.random.key(0))
+  assert task['blank'].all() and (task['t'] == method.num_noise_steps).all()
+  state = state.replace(
+    params=jax.tree.map(lambda p: p + 0.05, state.params), ema={}
+  )
+  loss = lambda task: jax.jit(method.denoiser_loss)(
+    state.params['denoiser'], task
+  )[0]
+  # Whatever the noise, the net sees none; it does see the photo.
+  assert loss(task) == loss(task | {'noise': 9 * task['noise']})
+  assert loss(task) != loss(task | {'image': 0.5 * task['image']})
+  # A net that says v = -c everywhere means x_0 = c at the top.
+  zeros = jax.tree.map(jnp.zeros_like, state.params['denoiser'])
+  zeros['conv_out']['bias'] -= 0.5
+  x0 = (task['x0'] - task['draft']) / 0.1
+  sigma = method.noise_schedule.sigma[-1]
+  got, _ = jax.jit(method.denoiser_loss)(zeros, task)
+  want = ((sigma * x0 - 0.5) ** 2).mean()
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  # It is noised from there: the walk starts at signal 0.5 + sigma noise, where
+  # v = -0.5 once more.
+  half = method.num_noise_steps // 2
+  signal, sigma = (x[half] for x in method.noise_schedule)
+  draft = 0.5 * batch['draft'][:, 1:]
+  got = jax.jit(method.animate, static_argnums=3)(
+    state.replace(params={'denoiser': zeros}),
+    {'draft': draft, 'noise': noise, 'image': batch['video'][:, 0]},
+    jax.random.key(0), 3,
+  )
+  start = signal * 0.5 + sigma * noise
+  want = np.clip(draft + 0.1 * (signal * start + sigma * 0.5), -1, 1)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_paired_mode_asks_for_its_draft(tiny):
   _, state, _ = tiny
   method, batch = make(**SMALL, mode='paired'), toy_batch()
@@ -555,6 +598,7 @@ def test_paired_mode_asks_for_its_draft(tiny):
   (dict(prediction='noise'), 'eps, x0, v'),
   (dict(sampler='ddpm'), 'ancestral'),
   (dict(strength=1.5), 'model.strength'),
+  (dict(mean_fraction=0.5), 'model.mean_fraction.*eps'),
   (dict(draft_error=0.0), 'model.draft_error'),
   (dict(dim_mults=(1,) * 6), 'multiple of 32'),
   (dict(dim=12), 'multiple of 8'),

@@ -52,7 +52,7 @@ def _model(preset, image_size):
   model = dict(
     image_size=image_size,
     num_labels=-1,                # as many as the data have; 0: no label
-    mode='noise',                 # paired: also shown the draft
+    mode='noise',                 # paired: also shown the draft and the photo
     dim=64,
     dim_mults=(1, 2, 4, 8),       # the side halves between them
     heads=8,
@@ -68,6 +68,7 @@ def _model(preset, image_size):
     label_dropout=0.1,            # share of clips that see the null label
     image_fraction=0.2,           # share of clips seen as stills
     draft_error=0.05,             # drafts' deviation; the unit of paired
+    mean_fraction=0.5,            # paired: share of clips for the mean alone
     strength=0.15,                # share of the levels a draft is noised by
     sampler='ddim',               # or ancestral
     num_sample_steps=64,          # from pure noise; a draft needs its share
@@ -83,7 +84,7 @@ def _model(preset, image_size):
     model |= dict(
       # At 0.37 the noise has deviation 0.23, as the cosine's at 0.15.
       conv='space_time', schedule='additive', prediction='eps', loss='l1',
-      min_snr_gamma=0.0, strength=0.37,
+      min_snr_gamma=0.0, mean_fraction=0.0, strength=0.37,
     )
   if preset == 'paper_1x1':
     halvings = (image_size // patch).bit_length() - 1
@@ -91,6 +92,7 @@ def _model(preset, image_size):
   if preset == 'reference':
     model |= dict(
       num_labels=0, prediction='eps', loss='l1', min_snr_gamma=0.0,
+      mean_fraction=0.0,
       label_dropout=0.0, image_fraction=0.0, sampler='ancestral',
       num_sample_steps=300, window=0,
       ema_decay=0.9995,           # 0.995 every 10 steps in the released code

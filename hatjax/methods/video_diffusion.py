@@ -5,8 +5,11 @@ the GAN's video, denoise it with a 3-D U-Net. mode 'noise' is that, as partial
 noising and sampling down from there (SDEdit, Meng et al. 2022): the net learns
 real clips alone and can only pull a draft towards them. mode 'paired', an
 extension (after SR3, Saharia et al. 2021), learns what drafts get wrong: shown
-the draft, it diffuses (real - draft) / draft_error, which has deviation 1, and
-adds to the draft what it samples.
+the draft and the photo it was made from, it diffuses
+(real - draft) / draft_error, which has deviation 1, and adds to the draft what
+it samples. It first predicts the mean of what is missing (as CorrDiff does,
+Mardani et al. 2023), then noises that and samples down from there: a sample of
+its own has twice the squared error of the mean.
 """
 
 import dataclasses
@@ -55,6 +58,7 @@ class VideoDiffusion:
   label_dropout: float = 0.1
   image_fraction: float = 0.2
   draft_error: float = 0.05
+  mean_fraction: float = 0.0
   strength: float = 0.15
   sampler: str = 'ddim'
   num_sample_steps: int = 64
@@ -76,6 +80,7 @@ class VideoDiffusion:
     settings.check_shares(
       model__strength=self.strength, model__label_dropout=self.label_dropout,
       model__image_fraction=self.image_fraction,
+      model__mean_fraction=self.mean_fraction,
       model__dynamic_threshold=self.dynamic_threshold,
     )
     step = self.patch * 2 ** (len(self.dim_mults) - 1)
@@ -94,13 +99,19 @@ class VideoDiffusion:
         f'model.draft_error is {self.draft_error}. It must be above 0: the '
         'usual distance of drafts from real frames, which span -1 to 1.'
       )
+    if self.mean_fraction and self.prediction == 'eps':
+      raise ValueError(
+        "model.mean_fraction is above 0 and model.prediction is 'eps': without "
+        "noise there is none to predict. Use 'v' or 'x0', or mean_fraction 0."
+      )
     if 'denoiser' not in self.tx:
       raise ValueError('optim lacks a block for: denoiser.')
 
   @property
   def reads(self):
     """Keys of `inputs` that animate takes; without them it makes a video up."""
-    return ('draft', 'label') if self.num_labels else ('draft',)
+    keys = ('draft', 'image') if self.mode == 'paired' else ('draft',)
+    return (*keys, 'label') if self.num_labels else keys
 
   @property
   def needs_draft(self):
@@ -126,7 +137,7 @@ class VideoDiffusion:
     """State at step 0 from one batch (only its shapes matter)."""
     size = self.image_size
     chex.assert_shape(batch['video'], (None, None, size, size, 3))
-    channels = 6 if self.mode == 'paired' else 3
+    channels = 9 if self.mode == 'paired' else 3
     video = jnp.zeros((1, 2, size, size, channels))
     params = self.denoiser.init(
       rng, diffusion.space_to_depth(video, self.patch),
@@ -179,8 +190,8 @@ class VideoDiffusion:
 
     Returns:
       dict: x0 and noise [B, K, H, W, 3], t and label int32 [B] (the null label
-      where it was dropped), and where they are used draft, like x0, and
-      isolate bool [B].
+      where it was dropped), and where they are used draft, like x0, image
+      [B, H, W, 3], and isolate and blank bool [B].
     """
     x0, draft = self._sorted_clip(batch)
     b = x0.shape[0]
@@ -195,7 +206,13 @@ class VideoDiffusion:
       ),
     }
     if draft is not None:
-      task['draft'] = draft
+      task |= {'draft': draft, 'image': batch['video'][:, 0]}
+    if self.mean_fraction and draft is not None:
+      blank = jax.random.bernoulli(
+        jax.random.fold_in(rng, 4), self.mean_fraction, (b,)
+      )
+      task['t'] = jnp.where(blank, self.num_noise_steps, task['t'])
+      task['blank'] = blank
     if self.image_fraction:
       task['isolate'] = jax.random.bernoulli(
         keys[3], self.image_fraction, (b,)
@@ -207,17 +224,23 @@ class VideoDiffusion:
     real, t, noise = (task[k] for k in ('x0', 't', 'noise'))
     draft, schedule = task.get('draft'), self.noise_schedule
     x0 = self._to_data(real, draft)
-    xt = diffusion.add_noise(schedule, x0, noise, t)
+    blank = task.get('blank', jnp.zeros(len(x0), bool))
+    # The mean is predicted from nothing, where a walk starts from noise.
+    keep = 1.0 - blank[:, None, None, None, None]
+    noise *= keep
+    xt = keep * diffusion.add_noise(schedule, x0, noise, t)
     value = self._predict(
-      params, xt, t, task['label'], draft, task.get('isolate')
+      params, xt, t, task['label'], self._shown(draft, task.get('image')),
+      task.get('isolate'),
     )
     target = diffusion.make_target(self.prediction, schedule, x0, noise, t)
     error = LOSSES[self.loss](value, target)
     loss = error
     if self.min_snr_gamma:
-      loss = error * diffusion.min_snr_weight(
+      weight = diffusion.min_snr_weight(
         self.prediction, schedule, t, self.min_snr_gamma
       )
+      loss = error * jnp.where(blank, 1.0, weight)
     guess, _ = diffusion.to_x0_and_noise(
       self.prediction, schedule, value, xt, t
     )
@@ -249,11 +272,18 @@ class VideoDiffusion:
     chex.assert_equal_shape([batch['draft'], batch['video']])
     return sort(batch['video']), sort(batch['draft'])
 
-  def _predict(self, params, xt, t, label, draft=None, isolate=None):
+  def _shown(self, draft, image):
+    """What the net sees beside x_t: [B, T, H, W, 6] in mode 'paired'."""
+    if draft is None:
+      return None
+    image = jnp.broadcast_to(image[:, None], draft.shape)
+    return jnp.concatenate([draft, image], -1)
+
+  def _predict(self, params, xt, t, label, shown=None, isolate=None):
     """What the net says of x_t [B, T, H, W, 3] at levels t [B]."""
     x = diffusion.scale_input(self.noise_schedule, xt, t)
-    if draft is not None:
-      x = jnp.concatenate([x, draft], -1)
+    if shown is not None:
+      x = jnp.concatenate([x, shown], -1)
     # The released code counts its levels from 0.
     value = self.denoiser.apply(
       {'params': params}, diffusion.space_to_depth(x, self.patch), t - 1,
@@ -278,6 +308,8 @@ class VideoDiffusion:
       state: TrainState; its averaged parameters are used.
       inputs: draft float32 [B, T, H, W, 3] in [-1, 1], T = num_frames; where
         it is missing (mode 'noise' only) the video comes from pure noise.
+        image float32 [B, H, W, 3], the photo, read in mode 'paired'; where
+        missing, the draft's first frame.
         label int32 [B]; where missing, the null label. noise float32 like
         the video, of deviation 1, that it starts from; where missing, drawn.
       rng: key.
@@ -305,17 +337,23 @@ class VideoDiffusion:
     noise = inputs.get('noise')
     if noise is None:
       noise = jax.random.normal(rng_start, shape)
-    xt = self.add_noise(draft, noise)
-    label = inputs.get('label')
-    draft = draft if self.mode == 'paired' else None
-    predict = lambda xt, t: self._guess(
-      state.inference_params('denoiser'), xt, t, label, draft
-    )
+    label, shown = inputs.get('label'), None
+    if self.mode == 'paired':
+      shown = self._shown(draft, inputs.get('image', draft[:, 0]))
+    params = state.inference_params('denoiser')
+    # As in denoiser_loss, the range is that of draft + draft_error x_0.
+    base = draft if self.mode == 'paired' else None
+    predict = lambda xt, t: self._guess(params, xt, t, label, base, shown)
+    if self.mode == 'paired' and self.mean_fraction:
+      mean = predict(jnp.zeros_like(draft), schedule.num_steps)
+      xt = diffusion.add_noise(schedule, mean, noise, start)
+    else:
+      xt = self.add_noise(draft, noise)
     count = round(self.num_sample_steps * start / schedule.num_steps)
     times = diffusion.sample_times(start, count)
     eta = SAMPLERS[self.sampler]
     x0 = diffusion.sample(predict, schedule, xt, times, rng_walk, eta)
-    return jnp.clip(self._to_video(x0, draft), -1, 1)
+    return jnp.clip(self._to_video(x0, base), -1, 1)
 
   def _start(self, draft):
     """The level of noise that a walk starts from."""
@@ -330,7 +368,7 @@ class VideoDiffusion:
       return noise * schedule.sigma[start]
     return diffusion.add_noise(schedule, draft, noise, start)
 
-  def _guess(self, params, xt, t, label, draft):
+  def _guess(self, params, xt, t, label, draft, shown):
     """x_0 as the net sees it, guided, in windows, kept in range.
 
     Guidance (Ho & Salimans 2022): null + guidance (labelled - null).
@@ -347,14 +385,14 @@ class VideoDiffusion:
         arrays = jax.tree.map(lambda x: jnp.concatenate([x, x]), arrays)
       levels = jnp.full(labels.shape, t)
       value = self._predict(
-        params, arrays['xt'], levels, labels, arrays.get('draft')
+        params, arrays['xt'], levels, labels, arrays.get('shown')
       )
       if guided:
         labelled, other = jnp.split(value, 2)
         value = other + self.guidance * (labelled - other)
       return value
 
-    arrays = {'xt': xt} if draft is None else {'xt': xt, 'draft': draft}
+    arrays = {'xt': xt} if shown is None else {'xt': xt, 'shown': shown}
     value = diffusion.average_windows(
       predict, arrays, self.window, max(self.window // 2, 1)
     )
