@@ -18,9 +18,11 @@ FLOORS = (
     'score_report', 'driving', 'sharpening',
   ), 2)
   | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores'), 1)
+  | {'provenance': 1.5}
 )
 SIDEWAYS = {
-  ('faces', 'video'), ('nets', 'nets'), ('methods', 'methods'),
+  ('video', 'encoders'), ('faces', 'video'),
+  ('nets', 'nets'), ('methods', 'methods'),
   ('clips', 'video'),
   ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
   ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'video'),

@@ -322,7 +322,7 @@ def test_generate_shows_the_subjects_of_a_split(
   code = generate.main([
     '--workdir', str(run_folder), '--split', 'everything', '--num_images',
     '3', '--data_dir', str(toy_records), '--out', f'{tmp_path}/frames/',
-    '--num_frames', '4',
+    '--num_frames', '4', '--watermark', 'none',
   ])
   assert code == 0
   run = runs.load(run_folder)
@@ -345,7 +345,7 @@ def test_generate_writes_the_frames_of_animate(run_folder, tmp_path):
   code = generate.main([
     '--workdir', str(run_folder), '--image', str(tmp_path / 'face.png'),
     '--label', 'all', '--out', f'{tmp_path}/frames/', '--num_frames', '6',
-    '--crop', 'none',
+    '--crop', 'none', '--watermark', 'none',
   ])
   assert code == 0
   run = runs.load(run_folder)
