@@ -32,6 +32,7 @@ from hatjax import video
 # These settings of the train block may change when a run goes on.
 FREE = (
   'num_steps', 'log_every', 'ckpt_every', 'sample_every', 'keep', 'val_clips',
+  'on_nan',
 )
 
 

@@ -17,7 +17,7 @@ FLOORS = (
     'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',
     'score_report', 'driving', 'sharpening',
   ), 2)
-  | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores'), 1)
+  | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores', 'guard'), 1)
   | {'provenance': 1.5}
 )
 SIDEWAYS = {

@@ -214,7 +214,7 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(
   saved = workdir.read_config(copy)
   saved['hat_cgan']['optim'] = config['hat_cgan']['optim']
   (copy / 'config.json').write_text(json.dumps(saved))
-  with pytest.raises(ValueError, match='nan by step 10.*checkpoints/8'):
+  with pytest.raises(ValueError, match='nan at step 9.*checkpoints/8'):
     train.train(config, copy, toy_records)
   assert_same(parameters(run_folder), parameters(copy))
 

@@ -199,7 +199,7 @@ def test_the_command_tells_three_cases_apart(tmp_path, capsys):
 
 
 def test_sound_leaves_the_comment(tmp_path):
-  from tests.test_driving import write_with_sound
+  from test_driving import write_with_sound
 
   clip = np.full((10, 64, 64, 3), 99, np.uint8)
   write_with_sound(tmp_path / 'sound.mp4', clip, 10)
