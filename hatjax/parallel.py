@@ -243,7 +243,12 @@ class Runner:
 
   def abstract_state(self, example):
     """Shapes of the state as one device (and a checkpoint) sees it."""
-    return jax.eval_shape(self.method.init, jax.random.key(0), example)
+    shapes = jax.eval_shape(self.method.init, jax.random.key(0), example)
+    # Here, wherever it was when it was saved.
+    place = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=self._replicated
+    )
+    return jax.tree.map(place, shapes)
 
   def init(self, rng, example):
     """State at step 0, placed on the devices."""

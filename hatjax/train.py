@@ -22,6 +22,7 @@ from hatjax import (
   methods,
   parallel,
   prepare,
+  replay,
   runs,
   settings,
   validation,
@@ -46,6 +47,15 @@ _DISTRIBUTED = flags.DEFINE_bool(
   'Several processes: calls jax.distributed.initialize() first, which finds '
   'Slurm and Cloud TPU by itself, else reads JAX_COORDINATOR_ADDRESS, '
   'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
+)
+_VERIFY = flags.DEFINE_string(
+  'verify', None,
+  'A run: computes its last steps again, says whether the checkpoints are '
+  'equal bit for bit, or where they part (exit code 1), and ends.',
+)
+_VERIFY_STEPS = flags.DEFINE_integer(
+  'verify_steps', None,
+  'How many steps at least; default: from the checkpoint before the newest.',
 )
 
 
@@ -166,8 +176,11 @@ def _finished(run, method, block):
   step = run.latest_step()
   if step is None or step < block['train']['num_steps']:
     return None
-  print(f'{run.folder} is done: step {step}.')
-  return runs.restore_state(run, method, block)
+  state = runs.restore_state(run, method, block)
+  if int(state.step) < block['train']['num_steps']:
+    return None  # The last checkpoint was damaged.
+  print(f'{run.folder} is done: step {int(state.step)}.')
+  return state
 
 
 def _agree(info, other, name):
@@ -251,15 +264,15 @@ class _Stage:
   def start(self, root):
     """(step, state): the newest checkpoint, or step 0."""
     example = self.batches.example()
-    step = self.run.latest_step()
-    if step is None:
+    state = self.run.restore(self.runner.abstract_state(example))
+    if state is None:
       state = self.runner.init(jax.random.fold_in(root, 2**31), example)
       if self.frozen:
         state = init_from.put(self.runner.fetch(state), self.frozen)
         state = self.runner.place(jax.device_get(state))
       return 0, state
+    step = int(state.step)
     print(f'Resuming {self.run.folder} at step {step}.')
-    state = self.run.restore(self.runner.abstract_state(example))
     return step, self.runner.place(state)
 
   def due(self, name, before, step):
@@ -390,8 +403,11 @@ def main(argv):
   parallel.enable_compilation_cache()
   if _DISTRIBUTED.value:
     parallel.join_processes()
-  folder = _WORKDIR.value or config_flag.default_workdir()
   try:
+    if _VERIFY.value:
+      steps = _VERIFY_STEPS.value
+      sys.exit(not replay.verify(train, _VERIFY.value, steps, _DATA_DIR.value))
+    folder = _WORKDIR.value or config_flag.default_workdir()
     train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)
   except Interrupted as stop:
     print(stop)

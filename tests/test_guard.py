@@ -155,7 +155,9 @@ def spoil(monkeypatch, *steps):
   monkeypatch.setattr(data.Batches, 'prepare', spread)
 
 
-@pytest.mark.parametrize('mode', parallel.MODES)
+@pytest.mark.parametrize('mode', [
+  'jit', pytest.param('pmap', marks=pytest.mark.slow),
+])
 def test_a_run_stops_or_goes_on_as_asked(
   mode, toy_records, tmp_path, monkeypatch
 ):

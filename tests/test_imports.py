@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = 'train generate evaluate benchmark prepare convert app'.split()
 FLOORS = (
   dict.fromkeys(COMMANDS, 4) | {'init_from': 3.5, 'foreign': 3.5}
+  | {'replay': 3.5}
   | dict.fromkeys(('runs', 'comparison', 'ablation'), 3)
   | dict.fromkeys((
     'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',

@@ -190,7 +190,7 @@ def test_checkpoint_of_another_shape_is_refused(run_folder, tmp_path):
 
 
 def test_damaged_checkpoint_names_itself_and_earlier_ones_work(
-  run_folder, tmp_path
+  run_folder, tmp_path, capsys
 ):
   copy = tmp_path / 'a'
   shutil.copytree(run_folder, copy)
@@ -198,8 +198,12 @@ def test_damaged_checkpoint_names_itself_and_earlier_ones_work(
     if file.is_file() and file.stat().st_size > 2000:
       file.write_bytes(file.read_bytes()[:1000])
   with pytest.raises(ValueError, match='checkpoints/8 cannot be read'):
-    runs.load(copy)
-  assert runs.load(copy, step=4).step == 4
+    runs.load(copy, step=8)
+  assert runs.load(copy).step == 4
+  warned = capsys.readouterr().err
+  assert 'checkpoints/8 cannot be read' in warned
+  assert 'Going on from 4.' in warned
+  assert (copy / 'hat_cgan/checkpoints/8').is_dir()  # reading moves nothing
   with pytest.raises(ValueError, match='It has: 4, 8'):
     runs.load(copy, step=5)
 
