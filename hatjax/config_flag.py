@@ -41,7 +41,8 @@ def _check(argv):
   """Finds the config file; names a setting that it does not have."""
   index = _find(argv)
   if index is None:
-    if not any(a.startswith(('--help', '-help', '-?')) for a in argv):
+    without = '--help', '-help', '-?', '--verify'
+    if not any(a.startswith(without) for a in argv):
       raise ValueError(f'Pass --config. {_known()}')
     return
   head, path, argument = _split(argv[index])

@@ -340,7 +340,7 @@ def write(run, image, path, args, crops):
     run: see `Driver`.
     image: uint8 [S, S, 3].
     path: where to.
-    args: parsed options of hatjax.generate.
+    args: parsed options of hatjax.generate, and the run's signature.
     crops: () -> iterator of the driving frames, uint8 [S, S, 3].
   """
   for name in ('label', 'num_frames', 'boomerang', 'strip'):
@@ -361,7 +361,8 @@ def write(run, image, path, args, crops):
   )
   count, begin = itertools.count(), time.perf_counter()
   with tqdm.tqdm(made, unit='frame', disable=None, leave=False) as bar:
-    video.write_video(path, (frame for frame, _ in zip(bar, count)), fps)
+    frames = (frame for frame, _ in zip(bar, count))
+    args.signature.write_video(path, frames, fps)
   count, seconds = next(count), time.perf_counter() - begin
   kept = args.fps is None and pathlib.Path(path).suffix.lower() == '.mp4'
   if kept and sound.copy(args.driving, path):

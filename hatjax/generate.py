@@ -18,7 +18,7 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from hatjax import driving, faces, video
+from hatjax import driving, faces, provenance, video
 
 _EPILOG = """\
 names:
@@ -110,6 +110,7 @@ def _parser():
       help='videos (with --driving: frames) made at once; default: 8, 1 frame')
   add('--strip', action='store_true',
       help='beside every video, a PNG with eight of its frames in a row')
+  provenance.add_option(parser)
   driving.add_options(parser)
   return parser
 
@@ -159,6 +160,7 @@ def _generate(args):
   paths = _image_paths(args.image or ())
   from hatjax import runs  # brings JAX: after the checks that need no run
   run = runs.load(args.workdir, step=args.step)
+  args.signature = provenance.sign(run, args.watermark)
   if args.video:
     return _refine_video(run, args)
   if args.driving:
@@ -228,7 +230,8 @@ def _refine_video(run, args):
     contextlib.closing(_ahead(refined)) as frames,
     tqdm.tqdm(frames, unit='frame', disable=None, leave=False) as bar,
   ):
-    video.write_video(path, (frame for frame, _ in zip(bar, count)), fps)
+    counted = (frame for frame, _ in zip(bar, count))
+    args.signature.write_video(path, counted, fps)
   tqdm.tqdm.write(path)
   _report(1, next(count), 1, [time.perf_counter() - begin])
   return 0
@@ -447,7 +450,7 @@ def _write(clips, outs, args, progress, writer):
 
 
 def _write_clip(clip, path, args, progress):
-  video.write_video(path, clip, args.fps)
+  args.signature.write_video(path, clip, args.fps)
   tqdm.tqdm.write(path)
   if args.strip:
     path = f'{os.path.splitext(path.rstrip("/"))[0]}_strip.png'
@@ -459,7 +462,7 @@ def _write_clip(clip, path, args, progress):
 def _write_grid(kept, path, args):
   labels, clips = zip(*kept)
   grid = video.grid_with_labels(np.stack(clips), labels)
-  video.write_video(path, grid, args.fps)
+  args.signature.write_video(path, grid, args.fps)
   tqdm.tqdm.write(path)
 
 
@@ -468,7 +471,7 @@ def _write_table(clips, labels, outs, args):
   rows = len(clips) // len(labels)
   names = [*labels, *[' '] * (len(clips) - len(labels))]
   grid = video.grid_with_labels(np.stack(clips), names, columns=len(labels))
-  video.write_video(outs['grid'], grid, args.fps)
+  args.signature.write_video(outs['grid'], grid, args.fps)
   tqdm.tqdm.write(f"{outs['grid']} ({rows} faces by {len(labels)} labels)")
   path = f'{os.path.splitext(outs["grid"].rstrip("/"))[0]}.png'
   apex = len(clips[0]) // 2 if args.boomerang else -1

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from hatjax import guard
+
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
 # What 'auto' means. On CPU: matrix products through YNNPACK.
@@ -128,11 +130,12 @@ class Runner:
       one by one, 'auto': loop on CPU, where XLA runs a rolled training step
       ten times slower, scan elsewhere.
     options: for the compiler of the step; see `compiler_options`.
+    on_nan: one of `guard.ACTIONS`, or None for a step without a guard.
   """
 
   def __init__(
     self, method, prepare, resident=None, mode='jit', devices=None,
-    dispatch='auto', options=None,
+    dispatch='auto', options=None, on_nan=None,
   ):
     if mode not in MODES:
       raise ValueError(
@@ -144,6 +147,7 @@ class Runner:
     if dispatch == 'auto':
       dispatch = 'loop' if self.devices[0].platform == 'cpu' else 'scan'
     self.mode, self.dispatch, self.options = mode, dispatch, options or {}
+    self.on_nan = on_nan
     if mode == 'pmap':
       method = dataclasses.replace(method, axis_name=AXIS)
     self.method, self._prepare = method, prepare
@@ -199,13 +203,21 @@ class Runner:
       rng = jax.random.fold_in(rng, jax.lax.axis_index(AXIS))
     rng_data, rng_step = jax.random.split(rng)
     batch = self._prepare(batch, resident, rng_data)
-    state, metrics = self.method.train_step(state, batch, rng_step)
-    return state.replace(step=state.step + 1), metrics
+    new, metrics = self.method.train_step(state, batch, rng_step)
+    if self.on_nan:
+      code = guard.judge(new, metrics)
+      if self.mode == 'pmap':
+        code = jax.lax.pmax(code, AXIS)
+      if self.on_nan == 'skip':
+        new = guard.keep_if_finite(code, new, state)
+      metrics = {**metrics, guard.KEY: code}
+    return new.replace(step=state.step + 1), metrics
 
   def _several(self, state, batches, resident, rng):
     body = lambda state, batch: self._one(state, batch, resident, rng)
     state, metrics = jax.lax.scan(body, state, batches)
-    return state, jax.tree.map(lambda m: m[-1], metrics)
+    last = {k: m[-1] for k, m in metrics.items()}
+    return state, last | {k: m for k, m in metrics.items() if k == guard.KEY}
 
   def _copies(self, x):
     """[...] -> [devices, ...], one copy on each."""
@@ -231,7 +243,12 @@ class Runner:
 
   def abstract_state(self, example):
     """Shapes of the state as one device (and a checkpoint) sees it."""
-    return jax.eval_shape(self.method.init, jax.random.key(0), example)
+    shapes = jax.eval_shape(self.method.init, jax.random.key(0), example)
+    # Here, wherever it was when it was saved.
+    place = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=self._replicated
+    )
+    return jax.tree.map(place, shapes)
 
   def init(self, rng, example):
     """State at step 0, placed on the devices."""
@@ -262,18 +279,23 @@ class Runner:
       rng: the root key of the run; step k uses fold_in(rng, k).
 
     Returns:
-      The new state, and the metrics of the last step (not fetched).
+      The new state, and the metrics of the last step (not fetched); under
+      `guard.KEY`, where there is a guard, a list of the findings of all.
     """
     if self.mode == 'jit' and self.dispatch == 'scan' and len(batches) > 1:
       stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
       stacked = self._global(stacked, PartitionSpec(None, AXIS))
-      return self._scan(state, stacked, self._resident, rng)
+      state, metrics = self._scan(state, stacked, self._resident, rng)
+      return state, _gathered(metrics, [metrics])
+    every = []
     for batch in batches:
       if self.mode == 'pmap':
         batch = jax.tree.map(self._shard, batch)
       else:
         batch = self._global(batch, PartitionSpec(AXIS))
       state, metrics = self._step(state, batch, self._resident, rng)
+      every.append(metrics)
+    metrics = _gathered(metrics, every)
     if self.mode == 'pmap':
       metrics = jax.tree.map(lambda m: m[0], metrics)
     return state, metrics
@@ -294,6 +316,13 @@ class Runner:
     return x.reshape(n, len(x) // n, *x.shape[1:])
 
 
+def _gathered(metrics, every):
+  """`metrics`, with the guard's findings in `every` one of a list."""
+  if guard.KEY not in metrics:
+    return metrics
+  return {**metrics, guard.KEY: [m[guard.KEY] for m in every]}
+
+
 def first_process(function):
   """Calls a function in the first process; the others wait for it."""
   if not jax.distributed.is_initialized():
@@ -312,13 +341,3 @@ def any_process(flag):
   from jax.experimental import multihost_utils
 
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
-@jax.jit
-def all_finite(tree):
-  """Whether every float in the tree is finite."""
-  leaves = [
-    jnp.isfinite(x).all() for x in jax.tree.leaves(tree)
-    if jnp.issubdtype(x.dtype, jnp.floating)
-  ]
-  return jnp.stack(leaves).all()

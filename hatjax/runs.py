@@ -56,14 +56,15 @@ class Stage(NamedTuple):
   state: state_lib.TrainState
 
 
-def restore_state(disk, method, stage, step=None):
+def restore_state(disk, method, stage, step=None, unchecked=False):
   """The state of a stage on one device, or None if it has no checkpoint.
 
   Args:
     disk: workdir.Run of the stage.
     method: see `make_method`.
     stage: its block of the config.
-    step: which checkpoint; default the latest.
+    step: which checkpoint; default the latest that is whole.
+    unchecked: see `workdir.Run.restore`.
   """
   abstract = jax.eval_shape(
     method.init, jax.random.key(0), example_batch(stage)
@@ -74,15 +75,15 @@ def restore_state(disk, method, stage, step=None):
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
       abstract,
     )
-  return disk.restore(abstract, step)
+  return disk.restore(abstract, step, unchecked)
 
 
-def load_stage(folder, config, name, step=None):
+def load_stage(folder, config, name, step=None, unchecked=False):
   """A stage of the run in a folder, whose config it is; default its latest."""
   stage = config[name]
   method = make_method(stage, config['info'], stage['data']['image_size'])
   disk = workdir.Run(pathlib.Path(folder) / name, read_only=True)
-  state = restore_state(disk, method, stage, step)
+  state = restore_state(disk, method, stage, step, unchecked)
   disk.close()
   if state is None:
     raise ValueError(

@@ -41,6 +41,12 @@ class Sharpened:
       raise AttributeError(name)
     return getattr(self._run, name)
 
+  @property
+  def video_stages(self):
+    """All stages, this one last."""
+    before = self._run.stages if self._run is not None else ()
+    return (*before, self._stage)
+
   def sharpen(self, frames):
     """Yields frames uint8 [s S, s S, 3] for frames uint8 [S, S, 3]."""
     frames = iter(frames)

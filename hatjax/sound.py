@@ -43,6 +43,7 @@ def copy(source, target):
       out = stack.enter_context(av.open(
         str(temporary), 'w', format='mp4', options={'movflags': '+faststart'}
       ))
+      out.metadata.update(pictures.metadata)  # where the video comes from
       _mux(pictures, audio, out)
     os.replace(temporary, target)
     return True

@@ -1,7 +1,10 @@
 """TrainState: everything that a training step changes, keyed by net name."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -59,6 +62,19 @@ def create(params, tx, model_state=None, ema=()):
     model_state=model_state or {},
     ema={net: jax.tree.map(jnp.copy, params[net]) for net in ema},
   )
+
+
+def checksum(tree):
+  """sha256, as hex, of the name, type, shape and bytes of every array."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not getattr(leaf, 'is_fully_addressable', True):
+      leaf = leaf.addressable_data(0)  # of several processes; all are equal
+    leaf = np.asarray(leaf)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    digest.update(f'{name} {leaf.dtype} {leaf.shape} '.encode())
+    digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
 
 
 def pmean(tree, axis_name):

@@ -17,10 +17,12 @@ from absl import app, flags, logging
 from hatjax import (
   config_flag,
   data,
+  guard,
   init_from,
   methods,
   parallel,
   prepare,
+  replay,
   runs,
   settings,
   validation,
@@ -45,6 +47,15 @@ _DISTRIBUTED = flags.DEFINE_bool(
   'Several processes: calls jax.distributed.initialize() first, which finds '
   'Slurm and Cloud TPU by itself, else reads JAX_COORDINATOR_ADDRESS, '
   'JAX_NUM_PROCESSES and JAX_PROCESS_ID.',
+)
+_VERIFY = flags.DEFINE_string(
+  'verify', None,
+  'A run: computes its last steps again, says whether the checkpoints are '
+  'equal bit for bit, or where they part (exit code 1), and ends.',
+)
+_VERIFY_STEPS = flags.DEFINE_integer(
+  'verify_steps', None,
+  'How many steps at least; default: from the checkpoint before the newest.',
 )
 
 
@@ -104,9 +115,12 @@ def train(config, folder, data_dir=None):
     info = _agree(info, describe(batches), name)
     epoch = max(1, len(batches.clips) // batches.batch_size)
     method = runs.make_method(block, info, batches.image_size, epoch)
-    settings.check_choices(train__draft_alpha=(
-      block['train'].get('draft_alpha', 'inferred'), validation.DRAFT_ALPHAS
-    ))
+    settings.check_choices(
+      train__draft_alpha=(
+        block['train'].get('draft_alpha', 'inferred'), validation.DRAFT_ALPHAS
+      ),
+      train__on_nan=(block['train'].get('on_nan', 'stop'), guard.ACTIONS),
+    )
     frozen = init_from.load(config, method)
     parts.append((name, block, batches, method, frozen))
   config = _absolute({**config, 'info': info})
@@ -162,8 +176,11 @@ def _finished(run, method, block):
   step = run.latest_step()
   if step is None or step < block['train']['num_steps']:
     return None
-  print(f'{run.folder} is done: step {step}.')
-  return runs.restore_state(run, method, block)
+  state = runs.restore_state(run, method, block)
+  if int(state.step) < block['train']['num_steps']:
+    return None  # The last checkpoint was damaged.
+  print(f'{run.folder} is done: step {int(state.step)}.')
+  return state
 
 
 def _agree(info, other, name):
@@ -228,6 +245,7 @@ class _Stage:
     self.runner = parallel.Runner(
       method, prepare, resident, config.get('parallel', 'jit'),
       dispatch=self.settings.get('dispatch', 'auto'), options=options,
+      on_nan=self.settings.get('on_nan', 'stop'),
     )
     self.runner.check_batch_size(batches.batch_size)
     held_out = data.make_batches(
@@ -246,15 +264,15 @@ class _Stage:
   def start(self, root):
     """(step, state): the newest checkpoint, or step 0."""
     example = self.batches.example()
-    step = self.run.latest_step()
-    if step is None:
+    state = self.run.restore(self.runner.abstract_state(example))
+    if state is None:
       state = self.runner.init(jax.random.fold_in(root, 2**31), example)
       if self.frozen:
         state = init_from.put(self.runner.fetch(state), self.frozen)
         state = self.runner.place(jax.device_get(state))
       return 0, state
+    step = int(state.step)
     print(f'Resuming {self.run.folder} at step {step}.')
-    state = self.run.restore(self.runner.abstract_state(example))
     return step, self.runner.place(state)
 
   def due(self, name, before, step):
@@ -264,18 +282,17 @@ class _Stage:
       step // every > before // every
     )
 
-  def check(self, step, state, metrics):
-    """Host metrics; ValueError if one, or a parameter, is not finite."""
+  def check(self, watch, metrics):
+    """Host metrics of the last step; ValueError if the run is to stop."""
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    bad = [k for k, v in metrics.items() if not np.isfinite(v)]
-    if not bad and parallel.all_finite(self.runner.fetch(state)):
-      return metrics
-    good = self.run.latest_step()
-    raise ValueError(
-      f'{bad[0] if bad else "A parameter"} became nan by step {step}. Last '
-      'good checkpoint: '
-      + (f'{self.run.folder}/checkpoints/{good}.' if good else 'none.')
-    )
+    try:
+      watch.look(metrics)
+    except ValueError as error:
+      good = self.run.latest_step()
+      where = f'{self.run.folder}/checkpoints/{good}' if good else 'none'
+      raise ValueError(f'{error} Last good checkpoint: {where}.') from None
+    # A dropped step's own may be left.
+    return {k: v for k, v in metrics.items() if np.isfinite(v)}
 
   def save(self, step, state, with_sample, in_haste):
     """Scores, saves and perhaps draws the state; in haste it only saves."""
@@ -302,6 +319,7 @@ def _train_stage(stage, root):
   chunk = stage.settings.get('steps_per_dispatch', 1)
   if stage.runner.dispatch == 'loop':
     chunk = 1  # One by one anyway: signals need not wait for the rest.
+  watch = guard.Watch(stage.runner.on_nan, step)
   metrics = {}
   frames = stage.batches.batch_size * stage.batches.num_frames
   stream = stage.batches.iterate(step)
@@ -314,6 +332,7 @@ def _train_stage(stage, root):
       batches = [next(stream) for _ in range(step - before)]
       ahead = metrics
       state, metrics = stage.runner.step(state, batches, root)
+      watch.add(metrics.pop(guard.KEY))
       # One chunk computes while the next is prepared; the bar and signals
       # would be minutes behind if more were on their way.
       jax.block_until_ready(ahead)
@@ -324,12 +343,14 @@ def _train_stage(stage, root):
           parallel.any_process(stop)
         )
       if stop or stage.due('log_every', before, step):
-        metrics = stage.check(step, state, metrics)
+        metrics = stage.check(watch, metrics)
+        if watch.action == 'skip':
+          metrics, watch.skipped = metrics | {'skipped': watch.skipped}, 0
         speed = clock.lap(step) * frames
         stage.run.log(step, metrics | {'frames_per_second': speed})
         bar.set_postfix(_shown(metrics), fps=f'{speed:.0f}')
       if stop or stage.due('ckpt_every', before, step):
-        stage.check(step, state, metrics)
+        stage.check(watch, metrics)
         sample = stage.due('sample_every', before, step)
         stage.save(step, state, sample, in_haste=stop)
         clock.lap(step)
@@ -382,8 +403,11 @@ def main(argv):
   parallel.enable_compilation_cache()
   if _DISTRIBUTED.value:
     parallel.join_processes()
-  folder = _WORKDIR.value or config_flag.default_workdir()
   try:
+    if _VERIFY.value:
+      steps = _VERIFY_STEPS.value
+      sys.exit(not replay.verify(train, _VERIFY.value, steps, _DATA_DIR.value))
+    folder = _WORKDIR.value or config_flag.default_workdir()
     train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)
   except Interrupted as stop:
     print(stop)

@@ -27,6 +27,8 @@ import einops
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from hatjax import encoders
+
 IMAGE_ENDINGS = (
   '.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.avif',
 )
@@ -37,6 +39,7 @@ _IMAGE_FORMATS = (
   'PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'PPM', 'JPEG2000',
 )
 # Neither playlists, which open other files, nor text, which FFmpeg would draw.
+_UNREADABLE = av.FFmpegError, OSError, SyntaxError, EOFError
 _VIDEO_FORMATS = 'mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg'
 
 
@@ -163,7 +166,7 @@ def resize(video, size, interpolation='auto'):
   return cv2.resize(video, (int(width), int(height)), interpolation=flag)
 
 
-def write_video(path, frames, fps=25):
+def write_video(path, frames, fps=25, comment=''):
   """Writes a video in the form that the ending of `path` names.
 
   .mp4: H.264, yuv420p, BT.709, index first (plays in a browser); an odd side
@@ -178,9 +181,10 @@ def write_video(path, frames, fps=25):
     path: its ending decides.
     frames: uint8 [T, H, W, 3], or any iterable of uint8 [H, W, 3] of one size.
     fps: frames per second; 50 at most for .gif (a limit of players).
+    comment: a line of ASCII for the file's metadata; see `read_comment`.
   """
   write = _writer(path)
-  if not 0.1 <= fps <= (50 if write is _write_gif else 1000):
+  if not 0.1 <= fps <= (50 if write is encoders.to_gif else 1000):
     raise ValueError(
       f'{path} cannot play {fps} frames per second. '
       'Pass at least 0.1, and at most 50 for a .gif.'
@@ -188,7 +192,8 @@ def write_video(path, frames, fps=25):
   check_writable(path)
   frames = np.asarray(frames) if hasattr(frames, 'ndim') else frames
   with _replacing(path) as temporary:
-    write(temporary, _checked(frames), fractions.Fraction(float(fps)))
+    fps = fractions.Fraction(float(fps))
+    write(temporary, _checked(frames), fps, comment)
 
 
 def check_writable(path):
@@ -213,8 +218,8 @@ def check_writable(path):
 
 def _writer(path):
   writers = {
-    '.mp4': _write_mp4, '.gif': _write_gif, '.webp': _write_webp,
-    '': _write_folder,
+    '.mp4': encoders.to_mp4, '.gif': encoders.to_gif,
+    '.webp': encoders.to_webp, '': _write_folder,
   }
   ending = pathlib.Path(path).suffix.lower()
   ending = '' if str(path).endswith(('/', os.sep)) else ending
@@ -267,87 +272,12 @@ def _checked(frames):
     raise ValueError('No frames to write.')
 
 
-def _write_mp4(path, frames, fps):
-  rate = fps.limit_denominator(1001)
-  frames = _to_av(
-    map(_to_even, frames), rate, rate, format='yuv420p',
-    dst_colorspace='ITU709', dst_color_range='MPEG',
-  )
-  _mux(path, frames, 'mp4', {'movflags': '+faststart'}, 'libx264', crf='17')
-
-
-def _write_gif(path, frames, fps):
-  frames = _to_one_palette(_to_av(frames, fps, ticks=100))
-  last = str(round(100 / fps))  # else the last frame flashes by
-  _mux(path, frames, 'gif', {'loop': '0', 'final_delay': last}, 'gif')
-
-
-def _write_webp(path, frames, fps):
-  frames = _to_av(frames, fps, ticks=1000, format='bgra')
-  _mux(path, frames, 'webp', {'loop': '0'}, 'libwebp_anim', quality='90')
-
-
-def _write_folder(path, frames, _):
+def _write_folder(path, frames, _, comment):
   path.mkdir()
   for t, frame in enumerate(frames):
-    (path / f'{t:04d}.png').write_bytes(encode_png(frame))
-
-
-def _mux(path, frames, form, form_options, codec, **codec_options):
-  first = next(frames)
-  with av.open(str(path), 'w', format=form, options=form_options) as container:
-    stream = container.add_stream(
-      codec, rate=1 / first.time_base, options=codec_options
-    )
-    stream.width, stream.height = first.width, first.height
-    stream.pix_fmt = first.format.name
-    context = stream.codec_context
-    stream.time_base = context.time_base = first.time_base
-    if codec == 'libx264':
-      # Without tags players guess the matrix, and skin turns green or red.
-      context.colorspace = context.color_primaries = context.color_trc = 1
-      context.color_range = 1
-    for frame in itertools.chain([first], frames):
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode())
-
-
-def _to_av(frames, fps, ticks, **form):
-  for t, frame in enumerate(frames):
-    frame = av.VideoFrame.from_ndarray(frame, format='rgb24').reformat(**form)
-    frame.pts = round(t * ticks / fps)
-    frame.time_base = 1 / fractions.Fraction(ticks)
-    yield frame
-
-
-def _to_even(frame):
-  height, width, _ = frame.shape
-  return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode='edge')
-
-
-def _to_one_palette(frames):
-  """FFmpeg's filters that find one palette for all frames, then apply it."""
-  first = next(frames)
-  graph = av.filter.Graph()
-  source = graph.add_buffer(
-    width=first.width, height=first.height, format='rgb24',
-    time_base=first.time_base,
-  )
-  split = graph.add('split')
-  palette = graph.add('palettegen', 'reserve_transparent=0')
-  # Ordered dither stands still from frame to frame; error diffusion crawls.
-  use = graph.add('paletteuse', 'dither=bayer:bayer_scale=5')
-  source.link_to(split)
-  split.link_to(use, 0, 0)
-  split.link_to(palette, 1, 0)
-  palette.link_to(use, 0, 1)
-  use.link_to(graph.add('buffersink'))
-  graph.configure()
-  for last, frame in enumerate(itertools.chain([first], frames)):  # noqa: B007
-    graph.push(frame)
-  graph.push(None)
-  for _ in range(last + 1):
-    yield graph.pull()
+    data = encode_png(frame)
+    data = encoders.comment_png(data, comment) if comment else data
+    (path / f'{t:04d}.png').write_bytes(data)
 
 
 def read_video(path):
@@ -368,6 +298,31 @@ def iter_video(path):
   return itertools.islice(_read(path), 1, None)
 
 
+def read_comment(path):
+  """The comment that `write_video` put into a file, or ''.
+
+  Raises:
+    ValueError: the file cannot be read.
+  """
+  path = pathlib.Path(path)
+  path = list_images(path)[0] if path.is_dir() else path
+  try:
+    with path.open('rb') as file:
+      data = file.read(12)
+    if data[4:8] == b'ftyp' or data[:4] == b'\x1aE\xdf\xa3':
+      options = {'format_whitelist': _VIDEO_FORMATS}
+      with av.open(str(path), options=options) as container:
+        return container.metadata.get('comment', '')
+    with Image.open(path, formats=['GIF', 'WEBP', 'PNG']) as image:
+      names = 'Comment', 'comment', 'xmp'
+      found = next((image.info[n] for n in names if n in image.info), '')
+    return found.decode(errors='replace') if type(found) is bytes else found
+  except Image.UnidentifiedImageError:
+    return ''  # a kind that carries none
+  except _UNREADABLE as error:
+    raise ValueError(_cannot_read(path, error)) from error
+
+
 def read_fps(path):
   """The frames per second of `read_video`."""
   return next(_read(path))
@@ -385,12 +340,16 @@ def _read(path):
       head = file.read(12)
     animated = head[:4] == b'GIF8' or head[8:] == b'WEBP'
     yield from _read_animation(path) if animated else _read_container(path)
-  except (av.FFmpegError, OSError, SyntaxError, EOFError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise ValueError(
-      f'Cannot read {path} as a video: {reason}. '
-      'Pass an mp4, mov, webm, gif or webp file, or a folder of pictures.'
-    ) from error
+  except _UNREADABLE as error:
+    raise ValueError(_cannot_read(path, error)) from error
+
+
+def _cannot_read(path, error):
+  reason = getattr(error, 'strerror', None) or error
+  return (
+    f'Cannot read {path} as a video: {reason}. '
+    'Pass an mp4, mov, webm, gif or webp file, or a folder of pictures.'
+  )
 
 
 def _read_animation(path):

@@ -1,7 +1,10 @@
 """Everything on disk for a run.
 
     <workdir>/config.json                    config and what the data said
+    <workdir>/starts.jsonl                   when it ran, with what; a line each
     <workdir>/<stage>/checkpoints/<step>/    orbax, the last N and the best
+    <workdir>/<stage>/checksums.json         of everything in each of them
+    <workdir>/<stage>/damaged/<step>/        that could not be read any more
     <workdir>/<stage>/metrics.jsonl          one line per log
     <workdir>/<stage>/losses.png             curves of it
     <workdir>/<stage>/samples/<step>.png, .mp4
@@ -12,10 +15,13 @@ resumed run drops the log lines after its checkpoint.
 """
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
 import pathlib
+import shutil
+import sys
 
 import jax
 import numpy as np
@@ -27,11 +33,13 @@ from orbax.checkpoint.checkpoint_managers import (
   LatestN,
 )
 
-from hatjax import video
+from hatjax import environment, video
+from hatjax import state as state_lib
 
 # These settings of the train block may change when a run goes on.
 FREE = (
   'num_steps', 'log_every', 'ckpt_every', 'sample_every', 'keep', 'val_clips',
+  'on_nan',
 )
 
 
@@ -60,6 +68,63 @@ def write_atomically(path, text):
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def note_start(workdir, config):
+  """Adds a line to starts.jsonl: what the run goes on with from here."""
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  row = {
+    'time': now, 'seed': config.get('seed'),
+    'fingerprint': config.get('info', {}).get('fingerprint'),
+    'steps': {
+      name: max(list_steps(workdir / name), default=0)
+      for name in config.get('stages', ())
+    },
+    'environment': environment.describe(),
+  }
+  with open(workdir / 'starts.jsonl', 'a') as file:
+    file.write(json.dumps(row) + '\n')
+
+
+def read_starts(workdir):
+  """The lines of starts.jsonl as dicts, [] if there is none."""
+  return _read_rows(pathlib.Path(workdir) / 'starts.jsonl')
+
+
+def _read_rows(path):
+  """Lines of json as dicts; torn ones are left out."""
+  rows = []
+  text = path.read_text(errors='replace') if path.exists() else ''
+  for line in text.splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+      row = json.loads(line)
+      rows += [row] if isinstance(row, dict) else []
+  return rows
+
+
+def list_steps(folder):
+  """Steps of the checkpoints of a stage, rising, without opening any."""
+  found = (pathlib.Path(folder) / 'checkpoints').glob('*')
+  return sorted(int(p.name) for p in found if p.name.isdecimal())
+
+
+def read_checksums(folder):
+  """{step: sha256 of the state} of all checkpoints that a stage ever had."""
+  try:
+    found = json.loads((pathlib.Path(folder) / 'checksums.json').read_text())
+    return {int(step): digest for step, digest in found.items()}
+  except (OSError, ValueError, AttributeError):  # none, or damaged
+    return {}
+
+
+def write_checksums(folder, sums):
+  """The inverse of `read_checksums`."""
+  text = json.dumps({str(s): sums[s] for s in sorted(sums)}, indent=1)
+  write_atomically(pathlib.Path(folder) / 'checksums.json', text + '\n')
+
+
+class Damaged(ValueError):
+  """A checkpoint cannot be read, or is not what was saved."""
 
 
 def _flat(tree, prefix=''):
@@ -130,6 +195,7 @@ def open_workdir(workdir, config):
           'another --workdir, or set these back.'
         )
     write_atomically(path, json.dumps(config, indent=2) + '\n')
+    note_start(workdir, config)
     yield workdir
 
 
@@ -147,6 +213,7 @@ class Run:
     # Checkpoints are everybody's work, the logs the first process's.
     self._writes_logs = jax.process_index() == 0
     self._board = self._saving = None
+    self._read_only = read_only
     if read_only and not (self.folder / 'checkpoints').is_dir():
       raise ValueError(
         f'{self.folder} has no checkpoints yet. Train further: run '
@@ -187,36 +254,70 @@ class Run:
     """The step of the best validation PSNR among those kept."""
     return self._manager.best_step()
 
-  def restore(self, abstract_state, step=None):
-    """The state at `step` (default the latest), or None if there is none.
+  def restore(self, abstract_state, step=None, unchecked=False):
+    """The state at `step`, or None if there is no checkpoint.
+
+    Without a step the newest is taken that can be read and is what was saved;
+    damaged ones are named on stderr and, if this may write, moved aside.
+
+    Args:
+      abstract_state: shapes and types.
+      step: of the checkpoint.
+      unchecked: take it as it is, whatever was saved there.
 
     Raises:
+      Damaged: it cannot be read, or has other bits than were saved.
       ValueError: no such step, or a checkpoint of another config.
     """
-    step = self.latest_step() if step is None else step
-    if step is None:
-      return None
-    if step not in self.steps():
+    if step is not None and step not in self.steps():
       raise ValueError(
         f'{self.folder} has no checkpoint {step}. It has: '
         f'{", ".join(map(str, self.steps()))}.'
       )
+    if step is not None:
+      return self._restore(abstract_state, step, unchecked)
+    damaged = []
+    for candidate in reversed(self.steps()):
+      try:
+        state = self._restore(abstract_state, candidate, unchecked)
+      except Damaged as error:
+        damaged.append((candidate, error))
+        continue
+      # Only now: what fails for all of them is no damage.
+      for other, error in damaged:
+        print(f'warning: {error} Going on from {candidate}.', file=sys.stderr)
+        self._move_aside(other)
+      return state
+    if damaged:
+      raise damaged[0][1]
+    return None
+
+  def _restore(self, abstract_state, step, unchecked):
+    name = f'Checkpoint {self.folder}/checkpoints/{step}'
     try:
       found = self._shape_differences(abstract_state, step)
       if not found:
-        return self._manager.restore(
+        state = self._manager.restore(
           step, args=ocp.args.StandardRestore(abstract_state)
         )
     except Exception as error:  # orbax raises many kinds for a damaged one.
-      reason = str(error).strip().splitlines()[0][:200]
-      raise ValueError(
-        f'Checkpoint {self.folder}/checkpoints/{step} cannot be read '
-        f'({reason}). Delete it to go on from an earlier one.'
-      ) from error
-    raise ValueError(
-      f'Checkpoint {self.folder}/checkpoints/{step} is of another config: '
-      f'{found[0]}.'
-    )
+      reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+      raise Damaged(f'{name} cannot be read ({reason[:200]}).') from error
+    if found:
+      raise ValueError(f'{name} is of another config: {found[0]}.')
+    saved = read_checksums(self.folder).get(step)
+    if not unchecked and saved not in (None, state_lib.checksum(state)):
+      raise Damaged(f'{name} is not what was saved: its checksum differs.')
+    return state
+
+  def _move_aside(self, step):
+    if self._read_only or not self._writes_logs:
+      return
+    target = self.folder / 'damaged' / str(step)
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    os.replace(self.folder / 'checkpoints' / str(step), target)
+    self._manager.reload()
 
   def _shape_differences(self, abstract_state, step):
     """Compared first: orbax would fill or crop silently."""
@@ -243,6 +344,10 @@ class Run:
     self.wait()
     self._saving = step
     try:
+      # Before the checkpoint: one without a checksum is believed.
+      if self._writes_logs:
+        sums = read_checksums(self.folder) | {step: state_lib.checksum(state)}
+        write_checksums(self.folder, sums)
       self._manager.save(
         step, args=ocp.args.StandardSave(state),
         metrics={k: float(v) for k, v in (scores or {}).items()}, force=True,
@@ -277,12 +382,7 @@ class Run:
 
   def history(self):
     """Lines of metrics.jsonl as dicts; a torn last line is left out."""
-    rows = []
-    path = self.folder / 'metrics.jsonl'
-    for line in path.read_text().splitlines() if path.exists() else ():
-      with contextlib.suppress(json.JSONDecodeError):
-        rows.append(json.loads(line))
-    return rows
+    return _read_rows(self.folder / 'metrics.jsonl')
 
   def forget_after(self, step):
     """Drops log lines after `step`, which a resumed run writes again."""

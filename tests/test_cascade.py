@@ -488,7 +488,7 @@ def test_wrong_refinements_say_the_cure(run, face, folders):
 
 
 def call(*args):
-  return generate.main(list(map(str, args)))
+  return generate.main([*map(str, args), '--watermark', 'none'])
 
 
 def test_generate_runs_the_cascade(folders, run, face, tmp_path):

@@ -95,7 +95,8 @@ def picture(path, green=100, size=(40, 50)):
 
 
 def call(*args):
-  return generate.main(['--workdir', 'runs/a', *map(str, args)])
+  plain = () if '--watermark' in args else ('--watermark', 'none')
+  return generate.main(['--workdir', 'runs/a', *map(str, args), *plain])
 
 
 def made():
@@ -441,11 +442,11 @@ def test_a_video_is_written_while_the_next_is_made(run, monkeypatch):
   begun, write, animate = threading.Event(), video.write_video, run.animate
   waited, order = [], []
 
-  def slow_write(path, clip, fps):
+  def slow_write(path, clip, fps, comment):
     if not order:
       waited.append(begun.wait(10))
     order.append(path)
-    write(path, clip, fps)
+    write(path, clip, fps, comment)
 
   def counting(*args, **kwargs):
     if run.calls:
@@ -466,10 +467,10 @@ def test_an_error_while_writing_is_told_once_and_ends_the_work(
 ):
   write = video.write_video
 
-  def full(path, clip, fps):
+  def full(path, clip, fps, comment):
     if 'happy' in path:
       raise OSError(28, 'No space left on device')
-    write(path, clip, fps)
+    write(path, clip, fps, comment)
 
   monkeypatch.setattr(video, 'write_video', full)
   args = ('--label', 'all', '--batch_size', 1, '--num_frames', 3)

@@ -12,15 +12,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMANDS = 'train generate evaluate benchmark prepare convert app'.split()
 FLOORS = (
   dict.fromkeys(COMMANDS, 4) | {'init_from': 3.5, 'foreign': 3.5}
+  | {'replay': 3.5}
   | dict.fromkeys(('runs', 'comparison', 'ablation'), 3)
   | dict.fromkeys((
     'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',
     'score_report', 'driving', 'sharpening',
   ), 2)
-  | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores'), 1)
+  | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores', 'guard'), 1)
+  | {'provenance': 1.5}
 )
 SIDEWAYS = {
-  ('faces', 'video'), ('nets', 'nets'), ('methods', 'methods'),
+  ('video', 'encoders'), ('faces', 'video'),
+  ('nets', 'nets'), ('methods', 'methods'),
   ('clips', 'video'),
   ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
   ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'video'),

@@ -108,7 +108,8 @@ def test_init_has_its_shapes_without_work(trained):
 def test_steps_are_finite_and_trace_once(trained):
   for metrics in trained['history']:
     assert all(np.isfinite(v) for v in metrics.values()), metrics
-  assert bool(parallel.all_finite(trained['state']))
+  floats = [x for x in jax.tree.leaves(trained['state']) if x.dtype.kind == 'f']
+  assert all(np.isfinite(x).all() for x in floats)
   assert trained['traces'] == 1
   assert int(trained['state'].step) == 40
 

@@ -190,7 +190,7 @@ def test_checkpoint_of_another_shape_is_refused(run_folder, tmp_path):
 
 
 def test_damaged_checkpoint_names_itself_and_earlier_ones_work(
-  run_folder, tmp_path
+  run_folder, tmp_path, capsys
 ):
   copy = tmp_path / 'a'
   shutil.copytree(run_folder, copy)
@@ -198,8 +198,12 @@ def test_damaged_checkpoint_names_itself_and_earlier_ones_work(
     if file.is_file() and file.stat().st_size > 2000:
       file.write_bytes(file.read_bytes()[:1000])
   with pytest.raises(ValueError, match='checkpoints/8 cannot be read'):
-    runs.load(copy)
-  assert runs.load(copy, step=4).step == 4
+    runs.load(copy, step=8)
+  assert runs.load(copy).step == 4
+  warned = capsys.readouterr().err
+  assert 'checkpoints/8 cannot be read' in warned
+  assert 'Going on from 4.' in warned
+  assert (copy / 'hat_cgan/checkpoints/8').is_dir()  # reading moves nothing
   with pytest.raises(ValueError, match='It has: 4, 8'):
     runs.load(copy, step=5)
 
@@ -214,7 +218,7 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(
   saved = workdir.read_config(copy)
   saved['hat_cgan']['optim'] = config['hat_cgan']['optim']
   (copy / 'config.json').write_text(json.dumps(saved))
-  with pytest.raises(ValueError, match='nan by step 10.*checkpoints/8'):
+  with pytest.raises(ValueError, match='nan at step 9.*checkpoints/8'):
     train.train(config, copy, toy_records)
   assert_same(parameters(run_folder), parameters(copy))
 
@@ -322,7 +326,7 @@ def test_generate_shows_the_subjects_of_a_split(
   code = generate.main([
     '--workdir', str(run_folder), '--split', 'everything', '--num_images',
     '3', '--data_dir', str(toy_records), '--out', f'{tmp_path}/frames/',
-    '--num_frames', '4',
+    '--num_frames', '4', '--watermark', 'none',
   ])
   assert code == 0
   run = runs.load(run_folder)
@@ -345,7 +349,7 @@ def test_generate_writes_the_frames_of_animate(run_folder, tmp_path):
   code = generate.main([
     '--workdir', str(run_folder), '--image', str(tmp_path / 'face.png'),
     '--label', 'all', '--out', f'{tmp_path}/frames/', '--num_frames', '6',
-    '--crop', 'none',
+    '--crop', 'none', '--watermark', 'none',
   ])
   assert code == 0
   run = runs.load(run_folder)

@@ -49,6 +49,7 @@ def start_stage(method, presets, preset, image_size, **data):
     keep=3,                       # checkpoints, besides the best
     val_split='val',
     val_clips=8,
+    on_nan='stop',                # or skip: drop a step that is not finite
   )
   if preset == 'tiny':
     stage.data.update(num_frames=3, batch_size=2, pad=1)
