@@ -18,7 +18,7 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from hatjax import driving, faces, video
+from hatjax import driving, photos, video
 
 _EPILOG = """\
 names:
@@ -219,7 +219,7 @@ def _refine_video(run, args):
   video.check_writable(path)
   fps = video.read_fps(args.video) if args.fps is None else args.fps
   refined = run.refine(
-    driving.crops_of(args.video, run, args.crop, _face), label,
+    driving.crops_of(args.video, run, args.crop, photos.find_face), label,
     strength=args.refine, num_sample_steps=args.num_sample_steps,
     seed=args.seed,
   )
@@ -239,7 +239,9 @@ def _drive(run, args, paths):
   if not paths:
     raise ValueError('--driving needs a face to drive: pass --image me.jpg')
   outs = _outs(args.out or 'out/{image}_driven.mp4', _names(paths), ())
-  crops = lambda: _ahead(driving.crops_of(args.driving, run, args.crop, _face))
+  crops = lambda: _ahead(
+    driving.crops_of(args.driving, run, args.crop, photos.find_face)
+  )
   for crop, out in zip(_crops(paths, run, args.crop), outs):
     if crop is not None:
       driving.write(run, crop, out[None], args, crops)
@@ -331,7 +333,9 @@ def _crops(paths, run, mode):
   crops = []
   for path in paths:
     try:
-      crops.append(_crop(path, run.image_size, whole, run.background))
+      crops.append(photos.crop_face(
+        path, run.image_size, 'none' if whole else 'auto', run.background
+      ))
     except ValueError as error:
       if len(paths) == 1:
         raise
@@ -342,28 +346,6 @@ def _crops(paths, run, mode):
       f'None of the {len(paths)} images could be used. Each warning says why.'
     )
   return crops
-
-
-def _crop(path, size, whole, background='keep'):
-  image, box = video.read_image(path), None
-  if not whole or background == 'black':
-    face = _face(image, path)
-    box = faces.square_crop_box(face, image.shape)
-    if background == 'black':
-      image = faces.blacken_background(image, face)
-  if whole:
-    return video.resize(image, size)
-  return faces.crop(image, box, size)
-
-
-def _face(image, path):
-  face = faces.detect_face(image)
-  if face is None:
-    raise ValueError(
-      f'no face found in {path}. Crop the photo to the face yourself, or pass '
-      '--crop none to use the whole picture.'
-    )
-  return face
 
 
 def _animate(make, crops, jobs, batch_size, sweep, seconds):

@@ -49,14 +49,14 @@ class Sharpened:
       sharp = self._sharpen(self._stage.state, full)
       yield from np.asarray(sharp)[: len(batch)]
 
-  def animate(self, images, labels=None, **options):
+  def animate(self, images, label=None, **options):
     """See `runs.Run.animate`."""
     if self._run is None:
       raise ValueError(
         f'This run has no stage before {self._stage.name}: it sharpens videos '
         'and makes none from a face. Pass --video clip.mp4.'
       )
-    return self._clips(self._run.animate(images, labels, **options))
+    return self._clips(self._run.animate(images, label, **options))
 
   def animate_noise(self, *args, **options):
     """See `runs.Run.animate_noise`."""

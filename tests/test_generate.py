@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hatjax
-from hatjax import faces, generate, video
+from hatjax import faces, generate, photos, video
 
 LABELS = ('anger', 'happy', 'sad')
 SIZE = 32
@@ -497,7 +497,7 @@ def test_faces_are_found_in_real_portraits():
   crops = []
   for path in paths:
     try:
-      crops.append(generate._crop(path, 64, whole=False))
+      crops.append(photos.crop_face(path, 64))
     except ValueError as error:
       assert str(error).startswith(f'no face found in {path}. Crop')
   assert len(crops) >= 0.9 * len(paths)
