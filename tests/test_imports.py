@@ -16,7 +16,7 @@ FLOORS = (
   | dict.fromkeys((
     'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',
     'score_report', 'driving', 'sharpening',
-  ), 2) | {'photos': 0.5}
+  ), 2) | {'photos': 0.5, 'live': 3.5, 'page': 3.7}
   | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores'), 1)
 )
 SIDEWAYS = {
