@@ -19,6 +19,11 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> 'runs.Run':
   Raises:
     ValueError: no run there, no checkpoint, or one of another config.
   """
-  from hatjax import runs  # Imported late: `import hatjax` stays light.
+  # Imported late: `import hatjax` stays light.
+  if str(workdir).endswith('.hatjax'):
+    from hatjax import exported
+
+    return exported.load(workdir)
+  from hatjax import runs
 
   return runs.load(workdir, step)

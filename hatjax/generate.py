@@ -64,7 +64,10 @@ def _parser():
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add('--workdir', required=True, help='folder of the trained run')
+  model = parser.add_mutually_exclusive_group(required=True)
+  model.add_argument('--workdir', help='folder of the trained run')
+  model.add_argument('--model', help='instead, a file that python -m '
+      'hatjax.convert export made of one')
   add('--step', type=int, help='checkpoint to use; default: the newest')
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument('--image', nargs='+', action='extend',
@@ -157,8 +160,10 @@ def _say(message):
 def _generate(args):
   sweep = _sweep(args)
   paths = _image_paths(args.image or ())
-  from hatjax import runs  # brings JAX: after the checks that need no run
-  run = runs.load(args.workdir, step=args.step)
+  if args.model and (args.split or args.step is not None):
+    raise ValueError('--split and --step need a --workdir, not a --model.')
+  import hatjax  # load brings JAX: after the checks that need no run
+  run = hatjax.load(args.model or args.workdir, args.step)
   if args.video:
     return _refine_video(run, args)
   if args.driving:

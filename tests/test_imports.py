@@ -16,7 +16,9 @@ FLOORS = (
   | dict.fromkeys((
     'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',
     'score_report', 'driving', 'sharpening',
-  ), 2) | {'photos': 0.5, 'live': 3.5, 'page': 3.7}
+  ), 2) | {'photos': 0.5, 'live': 3.5, 'page': 3.7,
+    'exported': 3.2, 'export': 3.5,
+  }
   | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores'), 1)
 )
 SIDEWAYS = {
