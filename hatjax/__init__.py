@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from hatjax import runs
 
+# Before JAX starts: no chatter about GPUs that a machine does not have.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
 __version__ = '0.1.0'
 
 

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 
-from hatjax import page
+from hatjax import command, page
 
 _EPILOG = """\
 examples:
@@ -207,4 +207,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(command.run(main))

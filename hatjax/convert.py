@@ -19,7 +19,7 @@ import tarfile
 
 import tqdm
 
-from hatjax import torch_files, weights
+from hatjax import command, torch_files, weights
 from hatjax.nets import pretrained, vgg
 
 
@@ -181,4 +181,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(command.run(main))

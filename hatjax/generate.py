@@ -18,7 +18,7 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from hatjax import driving, photos, video
+from hatjax import command, driving, photos, video
 
 _EPILOG = """\
 names:
@@ -61,15 +61,19 @@ def _parser():
   parser = _Parser(
     prog='python -m hatjax.generate', epilog=_EPILOG,
     description='Makes expression videos from face photos with a trained run.',
+    usage='%(prog)s (--workdir RUN | --model FILE) --image FACE ... [options]',
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
-  model = parser.add_mutually_exclusive_group(required=True)
+  part = parser.add_argument_group('the model')
+  add = part.add_argument
+  model = part.add_mutually_exclusive_group(required=True)
   model.add_argument('--workdir', help='folder of the trained run')
   model.add_argument('--model', help='instead, a file that python -m '
       'hatjax.convert export made of one')
   add('--step', type=int, help='checkpoint to use; default: the newest')
-  source = parser.add_mutually_exclusive_group(required=True)
+  part = parser.add_argument_group('what to animate')
+  add = part.add_argument
+  source = part.add_mutually_exclusive_group(required=True)
   source.add_argument('--image', nargs='+', action='extend',
       help='pictures, or folders of them')
   source.add_argument('--split',
@@ -86,6 +90,8 @@ def _parser():
   add('--label', action='append',
       help='expression: one, several with commas or by repeating the option, '
       'or all; default: all, but none for --video and --from_noise')
+  part = parser.add_argument_group('the video')
+  add = part.add_argument
   add('--out', type=_out, help='where to; default: out/{image}_{label}.mp4')
   add('--crop', choices=('auto', 'track', 'none'), default='auto',
       help='auto: find the face and crop to it, as the training data were '
@@ -470,8 +476,8 @@ def _report(num_videos, num_frames, batch_size, seconds):
     timed, note = num_videos - batch_size, 'after the first batch'
     seconds = seconds[1:]
   rate = timed * num_frames / sum(seconds)
-  tqdm.tqdm.write(f'{total}, {rate:.1f} frames/s {note}')
+  _say(f'{total}, {rate:.1f} frames/s {note}')
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(command.run(main))

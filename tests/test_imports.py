@@ -25,7 +25,8 @@ SIDEWAYS = {
   ('faces', 'video'), ('nets', 'nets'), ('methods', 'methods'),
   ('clips', 'video'),
   ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
-  ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'video'),
+  ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'command'),
+  ('synthetic_faces', 'video'),
   ('train', 'prepare'),  # makes the synthetic faces on first use
 }
 
