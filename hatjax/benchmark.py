@@ -41,6 +41,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from hatjax import (
+  command,
   config_flag,
   data,
   methods,
@@ -462,8 +463,12 @@ def main():
     except (ValueError, OSError) as error:
       sys.exit(f'error: {error}')
 
-  app.run(run, flags_parser=config_flag.parse)
+  groups = {
+    'options': 'config mode batch_sizes num_frames dtype devices lowering '
+    'steps warmup data_dir json trace'
+  }
+  return command.run_absl(run, config_flag.parse, __doc__, groups)
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

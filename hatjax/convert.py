@@ -3,6 +3,7 @@
   python -m hatjax.convert fomm vox-cpk.pth.tar --workdir runs/fomm
   python -m hatjax.convert affinegan latest_net_G.pth --workdir runs/affinegan
   python -m hatjax.convert video_diffusion model.pt --workdir runs/diffusion
+  python -m hatjax.convert export --workdir runs/a --out model.hatjax
   python -m hatjax.convert weights --list
   python -m hatjax.convert weights fetch inception_fid
   python -m hatjax.convert weights fetch inception_fid --source my_download.pth
@@ -18,7 +19,7 @@ import tarfile
 
 import tqdm
 
-from hatjax import torch_files, weights
+from hatjax import command, torch_files, weights
 from hatjax.nets import pretrained, vgg
 
 
@@ -111,6 +112,12 @@ def _parser():
   part.add_argument(
     '--source', help='another address, or a file you have, of one NAME'
   )
+  part = kinds.add_parser(
+    'export', help='a run -> one file, for python -m hatjax.generate --model'
+  )
+  part.add_argument('--workdir', required=True, help='the trained run')
+  part.add_argument('--step', type=int, help='default: its newest checkpoint')
+  part.add_argument('--out', default='model.hatjax', help='the file to write')
   for kind in KINDS:
     part = kinds.add_parser(kind, help='a checkpoint of that project -> a run')
     part.add_argument('file', help='the checkpoint; nothing in it is executed')
@@ -126,9 +133,17 @@ def _parser():
 
 
 def _convert(args):
-  from hatjax import foreign  # brings JAX
-
   try:
+    if args.kind == 'export':
+      from hatjax import export  # brings JAX
+
+      if not args.out.endswith('.hatjax'):
+        raise ValueError(f'--out is {args.out}. End it with .hatjax')
+      export.export(args.workdir, args.out, args.step)
+      print(args.out)
+      return 0
+    from hatjax import foreign  # brings JAX
+
     print(f'{args.workdir}: ' + foreign.convert(
       args.kind, args.file, args.workdir, args.image_size, args.num_frames
     ))
@@ -142,7 +157,7 @@ def main(argv=None):
   """The command; returns the exit code."""
   parser = _parser()
   args = parser.parse_args(argv)
-  if args.kind in KINDS:
+  if args.kind in (*KINDS, 'export'):
     return _convert(args)
   if args.list or not args.action:
     print('\n'.join(show()))
@@ -166,4 +181,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(command.run(main))

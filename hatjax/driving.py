@@ -370,6 +370,6 @@ def write(run, image, path, args, crops):
   tqdm.tqdm.write(path)
   tqdm.tqdm.write(
     f'{count} frames in {seconds:.1f} s, {count / seconds:.1f} frames/s '
-    'compilation included'
+    'compilation included', file=sys.stderr
   )
   return count

@@ -24,6 +24,7 @@ from absl import app, flags, logging
 
 from hatjax import (
   ablation,
+  command,
   comparison,
   data,
   driving,
@@ -486,6 +487,14 @@ def _default_out(folder, split):
   return pathlib.Path(folder) / 'eval' / split
 
 
+_GROUPS = {
+  'what to score': 'workdir split data_dir num_clips generated real compare '
+  'ablation ablation_steps',
+  'how': 'protocol refine num_sample_steps ssim sizes faces classifier nets',
+  'the rest': 'seed out shown frames',
+}
+
 if __name__ == '__main__':
   _define()
-  app.run(main)
+  parse = app.parse_flags_with_usage
+  sys.exit(command.run_absl(main, parse, __doc__, _GROUPS))

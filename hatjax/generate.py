@@ -18,7 +18,7 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from hatjax import driving, faces, provenance, video
+from hatjax import command, driving, photos, provenance, video
 
 _EPILOG = """\
 names:
@@ -61,12 +61,19 @@ def _parser():
   parser = _Parser(
     prog='python -m hatjax.generate', epilog=_EPILOG,
     description='Makes expression videos from face photos with a trained run.',
+    usage='%(prog)s (--workdir RUN | --model FILE) --image FACE ... [options]',
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add = parser.add_argument
-  add('--workdir', required=True, help='folder of the trained run')
+  part = parser.add_argument_group('the model')
+  add = part.add_argument
+  model = part.add_mutually_exclusive_group(required=True)
+  model.add_argument('--workdir', help='folder of the trained run')
+  model.add_argument('--model', help='instead, a file that python -m '
+      'hatjax.convert export made of one')
   add('--step', type=int, help='checkpoint to use; default: the newest')
-  source = parser.add_mutually_exclusive_group(required=True)
+  part = parser.add_argument_group('what to animate')
+  add = part.add_argument
+  source = part.add_mutually_exclusive_group(required=True)
   source.add_argument('--image', nargs='+', action='extend',
       help='pictures, or folders of them')
   source.add_argument('--split',
@@ -83,6 +90,8 @@ def _parser():
   add('--label', action='append',
       help='expression: one, several with commas or by repeating the option, '
       'or all; default: all, but none for --video and --from_noise')
+  part = parser.add_argument_group('the video')
+  add = part.add_argument
   add('--out', type=_out, help='where to; default: out/{image}_{label}.mp4')
   add('--crop', choices=('auto', 'track', 'none'), default='auto',
       help='auto: find the face and crop to it, as the training data were '
@@ -158,8 +167,10 @@ def _say(message):
 def _generate(args):
   sweep = _sweep(args)
   paths = _image_paths(args.image or ())
-  from hatjax import runs  # brings JAX: after the checks that need no run
-  run = runs.load(args.workdir, step=args.step)
+  if args.model and (args.split or args.step is not None):
+    raise ValueError('--split and --step need a --workdir, not a --model.')
+  import hatjax  # load brings JAX: after the checks that need no run
+  run = hatjax.load(args.model or args.workdir, args.step)
   args.signature = provenance.sign(run, args.watermark)
   if args.video:
     return _refine_video(run, args)
@@ -221,7 +232,7 @@ def _refine_video(run, args):
   video.check_writable(path)
   fps = video.read_fps(args.video) if args.fps is None else args.fps
   refined = run.refine(
-    driving.crops_of(args.video, run, args.crop, _face), label,
+    driving.crops_of(args.video, run, args.crop, photos.find_face), label,
     strength=args.refine, num_sample_steps=args.num_sample_steps,
     seed=args.seed,
   )
@@ -242,7 +253,9 @@ def _drive(run, args, paths):
   if not paths:
     raise ValueError('--driving needs a face to drive: pass --image me.jpg')
   outs = _outs(args.out or 'out/{image}_driven.mp4', _names(paths), ())
-  crops = lambda: _ahead(driving.crops_of(args.driving, run, args.crop, _face))
+  crops = lambda: _ahead(
+    driving.crops_of(args.driving, run, args.crop, photos.find_face)
+  )
   for crop, out in zip(_crops(paths, run, args.crop), outs):
     if crop is not None:
       driving.write(run, crop, out[None], args, crops)
@@ -334,7 +347,9 @@ def _crops(paths, run, mode):
   crops = []
   for path in paths:
     try:
-      crops.append(_crop(path, run.image_size, whole, run.background))
+      crops.append(photos.crop_face(
+        path, run.image_size, 'none' if whole else 'auto', run.background
+      ))
     except ValueError as error:
       if len(paths) == 1:
         raise
@@ -345,28 +360,6 @@ def _crops(paths, run, mode):
       f'None of the {len(paths)} images could be used. Each warning says why.'
     )
   return crops
-
-
-def _crop(path, size, whole, background='keep'):
-  image, box = video.read_image(path), None
-  if not whole or background == 'black':
-    face = _face(image, path)
-    box = faces.square_crop_box(face, image.shape)
-    if background == 'black':
-      image = faces.blacken_background(image, face)
-  if whole:
-    return video.resize(image, size)
-  return faces.crop(image, box, size)
-
-
-def _face(image, path):
-  face = faces.detect_face(image)
-  if face is None:
-    raise ValueError(
-      f'no face found in {path}. Crop the photo to the face yourself, or pass '
-      '--crop none to use the whole picture.'
-    )
-  return face
 
 
 def _animate(make, crops, jobs, batch_size, sweep, seconds):
@@ -486,8 +479,8 @@ def _report(num_videos, num_frames, batch_size, seconds):
     timed, note = num_videos - batch_size, 'after the first batch'
     seconds = seconds[1:]
   rate = timed * num_frames / sum(seconds)
-  tqdm.tqdm.write(f'{total}, {rate:.1f} frames/s {note}')
+  _say(f'{total}, {rate:.1f} frames/s {note}')
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(command.run(main))

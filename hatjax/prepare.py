@@ -21,6 +21,8 @@ import sys
 import tempfile
 import textwrap
 
+from hatjax import command
+
 PACKAGE = 'hatjax._datasets'
 SHARED = 'face_video'  # the module of the folder that is no builder
 TEMPORARY = '.hatjax-prepare-'
@@ -56,7 +58,12 @@ def _parse(argv):
     formatter_class=argparse.RawDescriptionHelpFormatter,
     description='Checks, crops and stores a raw data set as TFDS records.',
     epilog=f'Data sets: {", ".join(names)}.\n'
-    'What each expects in its raw folder: the head of datasets/NAME.py.',
+    'What each expects in its raw folder: the head of datasets/NAME.py.\n\n'
+    'examples:\n'
+    '  python -m hatjax.prepare ck_plus --raw ~/ck_plus\n'
+    '  python -m hatjax.prepare frame_folders --raw ~/my_clips\n'
+    '  python -m hatjax.prepare voxceleb --raw ~/clips --crop face\n'
+    '  python -m hatjax.prepare synthetic --num_identities 64\n',
   )
   add = parser.add_argument
   add('name', metavar='NAME', help='the data set, one of those below')
@@ -422,4 +429,4 @@ def _one_line(error):
 if __name__ == '__main__':
   # A terminated run cleans up like an interrupted one.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  sys.exit(main())
+  sys.exit(command.run(main))

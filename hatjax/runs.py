@@ -1,16 +1,16 @@
 """A trained run: load its stages, animate faces; the Python API.
 
     run = hatjax.load('runs/a')
-    video = run.animate(image, 'happy')        # uint8 [B, T, H, W, 3]
+    video = run.animate('face.jpg', label='happy')   # uint8 [1, 32, S, S, 3]
 
 Where a run has several stages, each refines the video of the one before.
 """
 
 import dataclasses
 import functools
-import itertools
 import pathlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ import numpy as np
 from hatjax import (
   data,
   diffusion,
-  methods,
   parallel,
+  photos,
   records,
   settings,
   sharpening,
@@ -29,11 +29,18 @@ from hatjax import (
 )
 from hatjax import state as state_lib
 
+# Imported where they are built: an exported model does without their code.
+if TYPE_CHECKING:
+  from hatjax import methods
+
+
 DECODE_FRAMES = 256  # frames decoded per call, over all clips
 
 
 def make_method(stage, info, image_size, steps_per_epoch=1):
   """The method of a stage, given what the data said (`labels`)."""
+  from hatjax import methods
+
   return methods.make(
     stage, steps_per_epoch, num_labels=len(info['labels']),
     image_size=image_size,
@@ -52,7 +59,7 @@ class Stage(NamedTuple):
   """A trained method, one link of a cascade."""
 
   name: str
-  method: methods.Method
+  method: 'methods.Method'
   state: state_lib.TrainState
 
 
@@ -99,6 +106,8 @@ def load_earlier(config):
   Raises:
     ValueError: no such run, or one of other labels, named by the setting.
   """
+  from hatjax import methods
+
   stages = []
   for name, folder in config.get('init_from', {}).items():
     if not folder or not methods.makes_video(name):
@@ -158,6 +167,8 @@ def load(folder, step=None):
   Raises:
     ValueError: no run there, no checkpoint, or one of another config.
   """
+  from hatjax import methods
+
   parallel.enable_compilation_cache()
   config = workdir.read_config(folder)
   *first, last = config['stages']
@@ -203,15 +214,21 @@ class Run:
     return records.match_label(text, self.labels)
 
   def animate(
-    self, images, labels=None, *, num_frames=32, sweep='profile',
-    alpha_max=1.0, alpha=None, seed=0, refine=None, num_sample_steps=None,
-  ):
+    self, images: photos.Photo | Sequence[photos.Photo],
+    label: str | Sequence[str] | None = None, *, crop: str = 'auto',
+    num_frames: int = 32, sweep: str = 'profile', alpha_max: float = 1.0,
+    alpha: np.ndarray | None = None, seed: int = 0,
+    refine: float | None = None, num_sample_steps: int | None = None,
+  ) -> np.ndarray:
     """Expression videos.
 
     Args:
-      images: uint8 [B, S, S, 3], or one [S, S, 3]; faces cropped as in
-        training, S = image_size.
-      labels: one name, or B names; None for a method without labels.
+      images: one photo, or B of them: a path, a PIL image or uint8
+        [H, W, 3], whose face is found and cropped as in training. Faces that
+        are cropped already, uint8 [B, S, S, 3] or [S, S, 3] with S =
+        image_size, are taken as they are.
+      label: one name, or B names; None for a method without labels.
+      crop: 'auto', or 'none' to squeeze whole photos to a square.
       num_frames: T ('reference' always makes 20).
       sweep: 'linear' (0 to alpha_max), 'profile' (the onset seen in
         training, times alpha_max) or 'reference' (0, 0.05, ..., 0.95).
@@ -226,15 +243,16 @@ class Run:
       uint8 [B, T, S, S, 3].
 
     Raises:
-      ValueError: unknown label, sweep or image size; a run that cannot.
+      ValueError: unknown label or sweep, no picture, no face in it; a run
+        that cannot.
     """
     if not hasattr(self.stages[0].method, 'animate'):
       raise ValueError(
         f'This run makes no videos: it is a {self.stages[0].name}. Pass '
         'another --workdir.'
       )
-    images = np.asarray(images)
-    images = images[None] if images.ndim == 3 else images
+    crop = 'none' if self.crop == 'none' else crop
+    images = photos.faces_of(images, self.image_size, crop, self.background)
     self._check_frames('images', images)
     if 'driving' in self.stages[0].method.reads:
       raise ValueError(
@@ -250,7 +268,7 @@ class Run:
     refines = len(self.stages) > 1
     if refines or (refine, num_sample_steps) != (None, None):
       refine, steps = self._refinement(refine, num_sample_steps)
-    label = self._label_ids(labels, len(images))
+    label = self._label_ids(label, len(images))
     rng = jax.random.key(seed)
     clips = self._make(images, label, rng, num_frames, sweep, alpha_max, alpha)
     if not refines or not refine:
@@ -310,13 +328,13 @@ class Run:
     return (frame[0] for frame in refined)
 
   def animate_noise(
-    self, numbers, labels=None, *, num_frames=32, seed=0, num_sample_steps=None
+    self, numbers, label=None, *, num_frames=32, seed=0, num_sample_steps=None
   ):
     """Videos from pure noise, without a face or a draft.
 
     Args:
       numbers: int [B], which of the seed's draws.
-      labels: one name, or B names; None for no condition.
+      label: one name, or B names; None for no condition.
       num_frames: T.
       seed: of the noise.
       num_sample_steps: default: the config's.
@@ -334,7 +352,7 @@ class Run:
         "--from_noise out, or train with model.mode 'noise'."
       )
     numbers = np.asarray(numbers, np.int32)
-    label = None if labels is None else self._label_ids(labels, len(numbers))
+    label = None if label is None else self._label_ids(label, len(numbers))
     return np.asarray(self._from_noise(
       self.state, label, numbers, jax.random.key(seed), num_frames, steps
     ))
@@ -364,17 +382,15 @@ class Run:
     return frames
 
   def _refined(self, frames, label, strength, steps, seed, images=None):
-    """Iterables of uint8 [B, S, S, 3], before and after the last stage; what
-    the frames were made from, or the first of them."""
+    """Iterables of uint8 [B, S, S, 3], before and after the last stage; images
+    are what the frames were made from, by default the first of them."""
     name, method, state = self.stages[-1]
-    if images is None:
-      frames = iter(frames)
-      images = next(frames, None)
-      frames = itertools.chain([] if images is None else [images], frames)
     rng = jax.random.key(seed)
     trained = self.config[name]['data']['num_frames']
 
     def denoise(clip, start):
+      nonlocal images
+      images = clip[0] if images is None else images
       positions = start + np.arange(len(clip))
       return np.asarray(self._denoise(
         state, np.stack(clip, 1), images, label, positions, rng, strength, steps

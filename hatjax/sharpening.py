@@ -23,7 +23,7 @@ class Sharpened:
   """
 
   def __init__(self, run, stage, config):
-    self._run, self._stage = run, stage
+    self._run, self.stage = run, stage
     self.config, self.step = config, int(stage.state.step)
     method = stage.method
     self._sharpen = jax.jit(lambda state, x: video.to_uint8(
@@ -52,17 +52,17 @@ class Sharpened:
     frames = iter(frames)
     while batch := list(itertools.islice(frames, BATCH)):
       full = np.stack(batch + batch[-1:] * (BATCH - len(batch)))
-      sharp = self._sharpen(self._stage.state, full)
+      sharp = self._sharpen(self.stage.state, full)
       yield from np.asarray(sharp)[: len(batch)]
 
-  def animate(self, images, labels=None, **options):
+  def animate(self, images, label=None, **options):
     """See `runs.Run.animate`."""
     if self._run is None:
       raise ValueError(
-        f'This run has no stage before {self._stage.name}: it sharpens videos '
+        f'This run has no stage before {self.stage.name}: it sharpens videos '
         'and makes none from a face. Pass --video clip.mp4.'
       )
-    return self._clips(self._run.animate(images, labels, **options))
+    return self._clips(self._run.animate(images, label, **options))
 
   def animate_noise(self, *args, **options):
     """See `runs.Run.animate_noise`."""

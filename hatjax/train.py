@@ -1,4 +1,13 @@
-"""Trains any method: config + records -> workdir. One loop for all."""
+"""Trains any method: config + records -> workdir. One loop for all.
+
+  python -m hatjax.train --config configs/synthetic.py --workdir runs/a
+  python -m hatjax.train --config configs/ck_plus.py:paper,256
+  python -m hatjax.train --config configs/mug.py:fev_gan,tiny \\
+    --config.fev_gan.train.num_steps=500
+
+The same command again resumes; Ctrl-C saves. Exit code 0 if it trained or was
+stopped and saved, 1 on an error.
+"""
 
 import inspect
 import os
@@ -15,6 +24,7 @@ import tqdm
 from absl import app, flags, logging
 
 from hatjax import (
+  command,
   config_flag,
   data,
   guard,
@@ -418,4 +428,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=config_flag.parse)
+  sys.exit(command.run_absl(main, config_flag.parse, __doc__, {
+    'options': 'config workdir data_dir distributed',
+  }))

@@ -245,3 +245,16 @@ def thin_plate_frames(plate, image, form='auto'):
   points = grid(height, width).reshape(1, -1, 2).repeat(b, 0)
   where = thin_plate_points(plate, points).reshape(b, height, width, 2)
   return warp_frames(image, where, form, 'reflect')
+
+
+def blend_frames(video, num_frames):
+  """[B, T, H, W, C] with another number of frames, evenly spread over time.
+
+  Each is blended from the two that are nearest; T frames stay as they are.
+  """
+  count = video.shape[1]
+  if num_frames == count:
+    return video
+  at = jnp.linspace(0, count - 1, num_frames)
+  weights = jnp.maximum(0, 1 - jnp.abs(at[:, None] - jnp.arange(count)))
+  return jnp.einsum('nt,bthwc->bnhwc', weights, video)

@@ -1,5 +1,7 @@
-"""Two fake devices, toy clips, and where the real sample data are."""
+"""Two fake devices, toy clips and runs, and where the real sample data are."""
 
+import importlib
+import json
 import os
 import pathlib
 
@@ -85,3 +87,43 @@ def toy_records(tmp_path_factory):
   ])
   assert code == 0
   return data_dir
+
+
+def write_run(folder, argument, labels=('happy', 'surprise'), **model):
+  """A run of configs/frame_folders.py, untrained but off its zeros.
+
+  Args:
+    folder: its workdir.
+    argument: of the config; its parameters are drawn, not learned.
+    labels: that it knows.
+    **model: settings of its last stage.
+  """
+  from hatjax import runs, workdir
+
+  config = importlib.import_module('configs.frame_folders')
+  config = json.loads(config.get_config(argument).to_json_best_effort())
+  config[config['stages'][-1]]['model'] |= model
+  info = dict(labels=labels, trained_labels=labels, crop='face',
+              background='keep', fingerprint='')
+  with workdir.open_workdir(folder, {**config, 'info': info}):
+    for n, name in enumerate(config['stages']):
+      stage = config[name]
+      method = runs.make_method(stage, info, stage['data']['image_size'])
+      state = jax.jit(method.init)(jax.random.key(n), runs.example_batch(stage))
+      leaves, tree = jax.tree.flatten((state.params, state.ema))
+      keys = jax.random.split(jax.random.key(n), len(leaves))
+      leaves = [
+        x + 0.05 * jax.random.normal(key, x.shape)
+        for x, key in zip(leaves, keys)
+      ]
+      params, ema = jax.tree.unflatten(tree, leaves)
+      disk = workdir.Run(pathlib.Path(folder) / name)
+      disk.save(0, state.replace(params=params, ema=ema))
+      disk.close()
+  return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+  """The workdir of a HAT-cGAN at 16x16 that knows happy and surprise."""
+  return write_run(tmp_path_factory.mktemp('tiny') / 'run', 'tiny')

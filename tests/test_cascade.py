@@ -385,7 +385,7 @@ def test_mug_is_both_stages_at_256_for_a_small_card(argument):
 
 def test_strength_zero_is_the_draft_bit_for_bit(run, face):
   run = runs.Run(run.config, run.stages)  # with empty caches
-  settings = dict(labels=['happy', 'surprise'], num_frames=7)
+  settings = dict(label=['happy', 'surprise'], num_frames=7)
   faces = np.stack([face, face[::-1]])
   draft = draft_of(run, faces, **settings)
   np.testing.assert_array_equal(run.animate(faces, refine=0, **settings), draft)

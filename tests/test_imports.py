@@ -19,14 +19,18 @@ FLOORS = (
     'score_report', 'driving', 'sharpening',
   ), 2)
   | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores', 'guard'), 1)
-  | {'provenance': 1.5}
+  | {
+    'photos': 0.5, 'provenance': 1.5, 'live': 3.5, 'page': 3.7,
+    'exported': 3.2, 'export': 3.5,
+  }
 )
 SIDEWAYS = {
   ('video', 'encoders'), ('faces', 'video'),
   ('nets', 'nets'), ('methods', 'methods'),
   ('clips', 'video'),
   ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
-  ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'video'),
+  ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'command'),
+  ('synthetic_faces', 'video'),
   ('train', 'prepare'),  # makes the synthetic faces on first use
 }
 

@@ -302,11 +302,11 @@ def test_many_frames_in_chunks_equal_few(run_folder, monkeypatch):
 
 
 @pytest.mark.parametrize('call, message', [
-  (dict(labels='angst'), 'Known: happy, surprise'),
-  (dict(labels=None), 'reads a label'),
-  (dict(labels=['happy', 'happy']), '1 images but 2 labels'),
-  (dict(labels='happy', sweep='lineal'), 'linear, profile, reference'),
-  (dict(labels='happy', images=np.zeros((1, 8, 8, 3), np.uint8)), '16, 16'),
+  (dict(label='angst'), 'Known: happy, surprise'),
+  (dict(label=None), 'reads a label'),
+  (dict(label=['happy', 'happy']), '1 images but 2 labels'),
+  (dict(label='happy', sweep='lineal'), 'linear, profile, reference'),
+  (dict(label='happy', images=np.zeros((1, 8, 8, 3), np.uint8)), '16, 16'),
 ])
 def test_wrong_calls_say_the_cure(run_folder, call, message):
   run = runs.load(run_folder)

@@ -394,11 +394,4 @@ class FEVGAN:
       state.inference_params('generator'), state.model_state['batch_stats'],
       image, faces, label,
     )
-    video = jnp.clip(video, -1, 1)
-    if num_frames == self.num_frames:
-      return video
-    at = jnp.linspace(0, self.num_frames - 1, num_frames)
-    weights = jnp.maximum(
-      0, 1 - jnp.abs(at[:, None] - jnp.arange(self.num_frames))
-    )
-    return jnp.einsum('nt,bthwc->bnhwc', weights, video)
+    return warp.blend_frames(jnp.clip(video, -1, 1), num_frames)

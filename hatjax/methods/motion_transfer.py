@@ -441,7 +441,7 @@ class MotionTransfer:
     frames = self._infer(
       'generator', state, context['code'], flow, visible, method='decode'
     )
-    return _unfold(frames, len(context['image']))
+    return _unfold(frames, context['image'].shape[0])
 
   def decode(self, state, context, chunk, rng=None):
     """Frames for the driving frames `chunk` [B, T, H, W, 3], absolute."""

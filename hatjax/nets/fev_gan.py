@@ -30,8 +30,8 @@ def resize(images, size):
 def one_hot_maps(label, num_labels, shape, dtype):
   """int32 [B] -> [B, *shape, num_labels], constant over `shape`."""
   maps = jax.nn.one_hot(label, num_labels, dtype=dtype)
-  maps = maps.reshape(len(label), *(1,) * len(shape), num_labels)
-  return jnp.broadcast_to(maps, (len(label), *shape, num_labels))
+  maps = maps.reshape(label.shape[0], *(1,) * len(shape), num_labels)
+  return jnp.broadcast_to(maps, (label.shape[0], *shape, num_labels))
 
 
 def doublings(small, large, what):
@@ -78,7 +78,7 @@ def _group_norm(x, scale, bias, size, eps=1e-5):
   wide = x.astype(jnp.float32)
   axes = tuple(range(1, x.ndim - 1))
   moments = jnp.stack([wide.mean(axes), jnp.square(wide).mean(axes)])
-  groups = moments.reshape(2, len(x), -1, size).mean(-1)
+  groups = moments.reshape(2, x.shape[0], -1, size).mean(-1)
   mean, square = jnp.repeat(groups, size, -1)
   gain = scale * jax.lax.rsqrt(square - jnp.square(mean) + eps)
   spread = lambda v: jnp.expand_dims(v, axes)
@@ -271,6 +271,6 @@ class Discriminator(_Net):
         x = join(x)
     # A convolution as large as its input is a product.
     x = layers.Dense(1, layers.normal_init(STD), self.dtype)(
-      x.reshape(len(x), -1)
+      x.reshape(x.shape[0], -1)
     )
     return x[:, 0].astype(jnp.float32)

@@ -283,7 +283,9 @@ def _filter_pays(x, *channels):
   """Measured: fewer pixels do not pay for transforming the kernel, fewer
   channels not for transforming the picture."""
   wide = x.ndim == 4 and x.dtype == jnp.float32 and min(channels) >= 64
-  return wide and math.prod(x.shape[:3]) >= 1000
+  # Of an exported program the number of pictures is not known: one at least.
+  number = x.shape[0] if isinstance(x.shape[0], int) else 1
+  return wide and number * math.prod(x.shape[1:3]) >= 1000
 
 
 @functools.cache

@@ -236,7 +236,7 @@ def motions(source, driving, height, width):
   away = places - driving['value'][:, :, None, None]
   moved = jnp.einsum('nkij,nkhwj->nkhwi', turn, away)
   moved += source['value'][:, :, None, None]
-  still = jnp.broadcast_to(places, (len(moved), 1, height, width, 2))
+  still = jnp.broadcast_to(places, (moved.shape[0], 1, height, width, 2))
   return jnp.concatenate([still, moved], 1)
 
 
@@ -268,7 +268,7 @@ class DenseMotion(nn.Module):
     """
     small = shrink(to_unit(image), self.scale)
     b, height, width, _ = small.shape
-    n = len(driving['value'])
+    n = driving['value'].shape[0]
     source = jax.tree.map(lambda x: jnp.repeat(x, n // b, 0), source)
     where = motions(source, driving, height, width)
     warped = warp.warp_frames(
@@ -374,13 +374,13 @@ class Generator(nn.Module):
     """Each of x [B, ...] by its T flows of [B T, h, w, 2]."""
     height, width = flow.shape[1:3]
     out = warp.warp_frames(
-      x, flow.reshape(len(x), -1, width, 2), self.warp_form, 'zero'
+      x, flow.reshape(x.shape[0], -1, width, 2), self.warp_form, 'zero'
     )
     return out.reshape(-1, height, width, x.shape[-1])
 
 
 def _resize(x, height, width):
-  shape = (len(x), height, width, x.shape[-1])
+  shape = (x.shape[0], height, width, x.shape[-1])
   return jax.image.resize(x, shape, 'linear', antialias=False)
 
 

@@ -5,11 +5,12 @@
 
 import argparse
 import dataclasses
+import sys
 
 import numpy as np
 from PIL import Image
 
-from hatjax import synthetic_faces, video
+from hatjax import command, synthetic_faces, video
 
 
 def main(argv=None):
@@ -42,4 +43,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(command.run(main))
