@@ -319,8 +319,7 @@ def test_wrong_settings_have_one_clear_line(options, message, monkeypatch):
 
 def test_a_profile_is_compared_and_a_trace_written(tmp_path):
   module = importlib.import_module('configs.frame_folders')
-  config = module.get_config('hat_cgan,tiny,4gb').to_dict()
-  config['hat_cgan']['data']['num_frames'] = 1
+  config = module.get_config('super_resolution,tiny,4gb').to_dict()
   lines = []
   options = benchmark.Options(
     steps=1, warmup=0, devices=1, trace=str(tmp_path)
@@ -334,7 +333,7 @@ def test_a_profile_is_compared_and_a_trace_written(tmp_path):
   assert lines[-1].startswith(
     'batch 2, 4gb: compiled memory {:.4g} GiB (without: {:.4g})'.format(*gib)
   )
-  assert list((tmp_path / 'hat_cgan_2').rglob('*.xplane.pb'))
+  assert list((tmp_path / 'super_resolution_2').rglob('*.xplane.pb'))
 
 
 def command(*arguments):

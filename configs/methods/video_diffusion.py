@@ -68,7 +68,7 @@ def _model(preset, image_size):
     label_dropout=0.1,            # share of clips that see the null label
     image_fraction=0.2,           # share of clips seen as stills
     draft_error=0.05,             # drafts' deviation; the unit of paired
-    mean_fraction=0.5,            # paired: share of clips for the mean alone
+    mean_fraction=0.75,           # paired: share of clips for the mean alone
     strength=0.15,                # share of the levels a draft is noised by
     sampler='ddim',               # or ancestral
     num_sample_steps=64,          # from pure noise; a draft needs its share
