@@ -22,6 +22,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 
 import jax
 import numpy as np
@@ -236,6 +237,8 @@ class Run:
           LatestN(n=keep), BestN(n=1, get_metric_fn=by_score),
         ]),
         best_fn=by_score,
+        # It measures with a clock that may be set while it saves.
+        async_options=ocp.options.AsyncOptions(timeout_secs=10**9),
         cleanup_tmp_directories=not read_only,
         create=not read_only,
         read_only=read_only,
@@ -266,8 +269,9 @@ class Run:
       unchecked: take it as it is, whatever was saved there.
 
     Raises:
-      Damaged: it cannot be read, or has other bits than were saved.
-      ValueError: no such step, or a checkpoint of another config.
+      Damaged: it cannot be read, is of another config, or has other bits
+        than were saved.
+      ValueError: no such step.
     """
     if step is not None and step not in self.steps():
       raise ValueError(
@@ -304,7 +308,8 @@ class Run:
       reason = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise Damaged(f'{name} cannot be read ({reason[:200]}).') from error
     if found:
-      raise ValueError(f'{name} is of another config: {found[0]}.')
+      # Or its list of arrays is damaged: then an earlier one will fit.
+      raise Damaged(f'{name} is of another config: {found[0]}.')
     saved = read_checksums(self.folder).get(step)
     if not unchecked and saved not in (None, state_lib.checksum(state)):
       raise Damaged(f'{name} is not what was saved: its checksum differs.')
@@ -399,17 +404,11 @@ class Run:
     row = {'step': step} | {k: float(v) for k, v in scalars.items()}
     with open(self.folder / 'metrics.jsonl', 'a') as file:
       file.write(json.dumps(row) + '\n')
-    for name, value in row.items():
-      if name != 'step':
-        self._tensorboard().add_scalar(name, value, step)
+    self._tensorboard().scalars(step, row)
 
   def _tensorboard(self):
     if self._board is None:
-      import tensorboardX  # Slow to import; generate does not log.
-
-      self._board = tensorboardX.SummaryWriter(
-        str(self.folder / 'tensorboard')
-      )
+      self._board = _Board(self.folder / 'tensorboard')
     return self._board
 
   def sample(self, step, clips, fps=12):
@@ -431,7 +430,7 @@ class Run:
     hold = lambda x: np.concatenate([x, x[-1:].repeat(longest - len(x), 0)])
     rows = np.stack([np.concatenate([*map(hold, c)], 2) for c in clips])
     video.write_video(path.with_suffix('.mp4'), video.tile(rows), fps)
-    self._tensorboard().add_image('samples', strip, step, dataformats='HWC')
+    self._tensorboard().image(step, 'samples', strip)
 
   def plot_losses(self):
     """losses.png: curves of metrics.jsonl, as the paper's figures 9 and 10."""
@@ -457,6 +456,40 @@ class Run:
     temporary = path.with_suffix('.tmp.png')
     fig.savefig(temporary, dpi=110)
     os.replace(temporary, path)
+
+
+class _Board:
+  """TensorBoard's file, written at once.
+
+  tensorboardX's own writer is a thread, which dies of a full disk or of a
+  clock that is set back; the next log would wait for it forever.
+  """
+
+  def __init__(self, folder):
+    # Slow to import; generate does not log.
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(str(folder / 'events'))
+    self._make, self._event = summary, event_pb2.Event
+
+  def _add(self, step, *summaries):
+    for one in summaries:
+      self._writer.write_event(
+        self._event(summary=one, step=step, wall_time=time.time())
+      )
+    self._writer.flush()
+
+  def scalars(self, step, row):
+    names = [name for name in row if name != 'step']
+    self._add(step, *(self._make.scalar(n, row[n]) for n in names))
+
+  def image(self, step, name, image):
+    self._add(step, self._make.image(name, image, dataformats='HWC'))
+
+  def close(self):
+    self._writer.close()
 
 
 def _panel(name):
