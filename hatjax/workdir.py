@@ -22,7 +22,6 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 
 import jax
 import numpy as np
@@ -34,7 +33,7 @@ from orbax.checkpoint.checkpoint_managers import (
   LatestN,
 )
 
-from hatjax import environment, video
+from hatjax import board, environment, video
 from hatjax import state as state_lib
 
 # These settings of the train block may change when a run goes on.
@@ -52,13 +51,16 @@ def read_config(workdir):
   """
   path = pathlib.Path(workdir) / 'config.json'
   try:
-    return json.loads(path.read_text())
+    config = json.loads(path.read_text())
+    if 'stages' in dict(config):
+      return config
+    raise TypeError('it names no stages')
   except FileNotFoundError:
     raise ValueError(
       f'{workdir} is not a run: it has no config.json. Train one: python -m '
       f'hatjax.train --config configs/ck_plus.py --workdir {workdir}'
     ) from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (OSError, ValueError, TypeError, RecursionError) as error:
     raise ValueError(f'{path} cannot be read: {error}.') from error
 
 
@@ -408,7 +410,7 @@ class Run:
 
   def _tensorboard(self):
     if self._board is None:
-      self._board = _Board(self.folder / 'tensorboard')
+      self._board = board.Board(self.folder / 'tensorboard')
     return self._board
 
   def sample(self, step, clips, fps=12):
@@ -456,40 +458,6 @@ class Run:
     temporary = path.with_suffix('.tmp.png')
     fig.savefig(temporary, dpi=110)
     os.replace(temporary, path)
-
-
-class _Board:
-  """TensorBoard's file, written at once.
-
-  tensorboardX's own writer is a thread, which dies of a full disk or of a
-  clock that is set back; the next log would wait for it forever.
-  """
-
-  def __init__(self, folder):
-    # Slow to import; generate does not log.
-    from tensorboardX import event_file_writer, summary
-    from tensorboardX.proto import event_pb2
-
-    folder.mkdir(parents=True, exist_ok=True)
-    self._writer = event_file_writer.EventsWriter(str(folder / 'events'))
-    self._make, self._event = summary, event_pb2.Event
-
-  def _add(self, step, *summaries):
-    for one in summaries:
-      self._writer.write_event(
-        self._event(summary=one, step=step, wall_time=time.time())
-      )
-    self._writer.flush()
-
-  def scalars(self, step, row):
-    names = [name for name in row if name != 'step']
-    self._add(step, *(self._make.scalar(n, row[n]) for n in names))
-
-  def image(self, step, name, image):
-    self._add(step, self._make.image(name, image, dataformats='HWC'))
-
-  def close(self):
-    self._writer.close()
 
 
 def _panel(name):

@@ -24,7 +24,7 @@ FLOORS = (
 SIDEWAYS = {
   ('video', 'encoders'), ('faces', 'video'),
   ('nets', 'nets'), ('methods', 'methods'),
-  ('clips', 'video'),
+  ('clips', 'video'), ('sound', 'video'),
   ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
   ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'video'),
   ('train', 'prepare'),  # makes the synthetic faces on first use
