@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -52,9 +53,11 @@ def read_config(workdir):
   path = pathlib.Path(workdir) / 'config.json'
   try:
     config = json.loads(path.read_text())
-    if 'stages' in dict(config):
+    names = dict(config).get('stages', ())
+    # They are folders, and must not lead elsewhere.
+    if names and all(re.fullmatch(r'\w+', name) for name in names):
       return config
-    raise TypeError('it names no stages')
+    raise TypeError('it names no stages, or wrong ones')
   except FileNotFoundError:
     raise ValueError(
       f'{workdir} is not a run: it has no config.json. Train one: python -m '
@@ -202,6 +205,20 @@ def open_workdir(workdir, config):
     yield workdir
 
 
+class _Manager(ocp.CheckpointManager):
+  """Opens a folder although the scores of a checkpoint are damaged."""
+
+  def metrics(self, step):
+    try:
+      return dict(super().metrics(step) or {})
+    except (ValueError, TypeError):
+      print(
+        f'warning: the scores of {self.directory}/{step} are damaged.',
+        file=sys.stderr,
+      )
+      return {}
+
+
 class Run:
   """One stage of a run on disk.
 
@@ -231,7 +248,7 @@ class Run:
 
   def _open_manager(self, keep, read_only):
     by_score = lambda metrics: metrics.get('val/psnr', -np.inf)
-    return ocp.CheckpointManager(
+    return _Manager(
       (self.folder / 'checkpoints').absolute(),
       item_handlers=ocp.StandardCheckpointHandler(),  # to know the metadata
       options=ocp.CheckpointManagerOptions(

@@ -244,6 +244,17 @@ def test_damaged_checkpoints_never_give_wrong_bits(
   assert min(outcomes) >= 6
 
 
+def test_damaged_scores_cost_only_themselves(run_folder, tmp_path, capsys):
+  copy = shutil.copytree(run_folder, tmp_path / 'a')
+  path = copy / 'hat_cgan' / 'checkpoints' / '6' / 'metrics' / 'metrics'
+  path.write_text('{"val/ps')
+  assert runs.load(copy).step == 8
+  assert 'checkpoints/6 are damaged' in capsys.readouterr().err
+  run = workdir.Run(copy / 'hat_cgan')
+  assert run.steps()[-1] == 8 and run.best_step() != 6
+  run.close()
+
+
 def test_a_jumping_clock_changes_nothing(
   run_folder, toy_records, tmp_path, monkeypatch
 ):
