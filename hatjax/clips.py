@@ -82,7 +82,7 @@ def _find(path, order, times):
 
 def _open(path):
   try:
-    container = av.open(str(path))
+    container = video.open_container(path)
   except (av.FFmpegError, OSError) as error:
     reason = error.strerror or error
     raise ValueError(f'Cannot read {path} as a video: {reason}.') from error

@@ -333,7 +333,7 @@ def _outs(out, names, labels):
 
 
 def _fill(pattern, **words):
-  word = lambda match: words[match[1]].replace('/', '-')
+  word = lambda match: words[match[1]].replace('/', '-').replace('..', '-')
   return re.sub(r'\{(image|label)\}', word, pattern)
 
 

@@ -86,6 +86,15 @@ class Records:
   def __init__(self, name, directory=None):
     self.name = name
     folder = _record_folder(name, data_dir(directory))
+    try:
+      self._open(folder)
+    except Exception as error:  # damaged files raise anything
+      raise ValueError(
+        f'The records in {folder} cannot be read ({_reason(error)}). Run '
+        'hatjax.prepare again with --force.'
+      ) from error
+
+  def _open(self, folder):
     builder = tfds.builder_from_directory(folder)
     self.metadata = dict(builder.info.metadata or {})
     self.labels = tuple(builder.info.features['label'].names)
@@ -140,24 +149,40 @@ class Records:
 
   def frames(self, clip, frames):
     """Yields (frame, mask) of `read` one by one."""
-    example = self._source[clip.index]
     frames = [clip.first + int(i) for i in frames]
-    if _text(example['id']) != clip.id:
+    try:
+      example = self._source[clip.index]
+      if not self._elsewhere:
+        yield from self._decoded(example, frames, clip)
+        return
+    except Exception as error:  # decoders of damaged bytes raise anything
       raise ValueError(
-        f'Records of {self.name} do not match their metadata (want '
-        f'{clip.id}). Run hatjax.prepare again with --force.'
-      )
-    if self._elsewhere:
-      yield from self._frames_elsewhere(example, frames)
-      return
+        f'{clip.id} of the records of {self.name} cannot be read '
+        f'({_reason(error)}). Run hatjax.prepare again with --force.'
+      ) from error
+    self._check_id(example, clip)
+    yield from self._frames_elsewhere(example, frames)
+
+  def _decoded(self, example, frames, clip):
+    self._check_id(example, clip)
     for i in frames:
       image = _decode(example['video'][i], cv2.IMREAD_COLOR)
       mask = _decode(example['lip_mask'][i], cv2.IMREAD_GRAYSCALE)
       yield image, (mask > 127).astype(np.uint8)[..., None]
 
+  def _check_id(self, example, clip):
+    if _text(example['id']) != clip.id:
+      raise ValueError(
+        f'Records of {self.name} do not match their metadata (want '
+        f'{clip.id}). Run hatjax.prepare again with --force.'
+      )
+
   def _frames_elsewhere(self, example, frames):
     """Those of a clip that was left where it is; its lips are unknown."""
-    path = pathlib.Path(self.metadata['raw']) / _text(example['path'])
+    raw, part = pathlib.Path(self.metadata['raw']), _text(example['path'])
+    path = raw / part
+    if pathlib.Path(part).is_absolute() or '..' in pathlib.Path(part).parts:
+      raise ValueError(f'{self.name}: {part} leads out of its folder {raw}.')
     size, boxes = self.metadata['options']['image_size'], example['boxes']
     found = clips_lib.read(path, frames, example['times'])
     for i, image in zip(frames, found):
@@ -185,6 +210,11 @@ def _part(clip, part):
   )
 
 
+def _reason(error):
+  """The first line of an error."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _text(value):
   return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -198,6 +228,8 @@ def _record_folder(name, root):
   """<root>/<builder>/<config>/<newest version>, or a clear error."""
   name, _, version = name.partition(':')
   folder = root / name
+  if '..' in pathlib.Path(name).parts or pathlib.Path(name).is_absolute():
+    raise ValueError(f'data.name {name!r} leads out of {root}.')
   versions = sorted(
     (p.parent for p in folder.glob('*/dataset_info.json')),
     key=lambda p: tuple(int(n) for n in p.name.split('.') if n.isdigit()),

@@ -9,6 +9,8 @@ import secrets
 
 import av
 
+from hatjax import video
+
 # That an mp4 may hold as they are.
 TYPES = ('aac', 'mp3', 'ac3', 'opus', 'alac')
 
@@ -36,10 +38,10 @@ def copy(source, target):
   )
   try:
     with contextlib.ExitStack() as stack:
-      audio = stack.enter_context(av.open(str(source)))
+      audio = stack.enter_context(video.open_container(source))
       if not audio.streams.audio:
         return False
-      pictures = stack.enter_context(av.open(str(target)))
+      pictures = stack.enter_context(video.open_container(target))
       out = stack.enter_context(av.open(
         str(temporary), 'w', format='mp4', options={'movflags': '+faststart'}
       ))

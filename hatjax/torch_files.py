@@ -8,8 +8,11 @@ the older stream of pickles.
 
 import collections
 import io
+import itertools
 import math
+import os
 import pickle
+import stat
 import zipfile
 
 import numpy as np
@@ -19,6 +22,7 @@ _TYPES = {
   'LongStorage': 'i8', 'IntStorage': 'i4', 'ShortStorage': 'i2',
   'CharStorage': 'i1', 'ByteStorage': 'u1', 'BoolStorage': '?',
 }
+MOST = 1_000_000  # tensors and dicts in a file
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the older format
 
 
@@ -36,6 +40,8 @@ def read(path):
   """
   try:
     with open(path, 'rb') as file:
+      if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise ValueError('it is no file, and may have no end')
       is_zip = zipfile.is_zipfile(file)
       file.seek(0)
       tree = _read_zip(file) if is_zip else _read_stream(file)
@@ -76,6 +82,8 @@ class _Tensor:
       math.prod(shape) and last >= len(data)
     ):
       raise ValueError('a tensor reaches beyond its storage')
+    if math.prod(shape) > len(data):
+      raise ValueError('a tensor is larger than its storage')
     view = np.lib.stride_tricks.as_strided(
       data[self.offset :], shape, [s * data.itemsize for s in self.strides],
       writeable=False,
@@ -110,6 +118,8 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_zip(file):
   with zipfile.ZipFile(file) as archive:
+    if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+      raise ValueError('it is compressed, which PyTorch never does')
     (index,) = [n for n in archive.namelist() if n.endswith('/data.pkl')]
     root = index.removesuffix('data.pkl')
 
@@ -143,9 +153,12 @@ def _read_stream(file):
   return tree
 
 
-def _flatten(tree, prefix, arrays):
+def _flatten(tree, prefix, arrays, seen=None):
+  seen = itertools.count() if seen is None else seen
+  if next(seen) > MOST:  # Few dicts, in one another, may have many leaves.
+    raise ValueError('it holds too many tensors')
   if isinstance(tree, _Tensor):
     arrays[prefix] = tree.array()
   elif isinstance(tree, dict):
     for key, value in tree.items():
-      _flatten(value, f'{prefix}.{key}' if prefix else str(key), arrays)
+      _flatten(value, f'{prefix}.{key}' if prefix else str(key), arrays, seen)

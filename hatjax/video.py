@@ -39,7 +39,9 @@ _IMAGE_FORMATS = (
   'PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'PPM', 'JPEG2000',
 )
 # Neither playlists, which open other files, nor text, which FFmpeg would draw.
-_UNREADABLE = av.FFmpegError, OSError, SyntaxError, EOFError
+_UNREADABLE = (
+  av.FFmpegError, OSError, SyntaxError, EOFError, Image.DecompressionBombError,
+)
 _VIDEO_FORMATS = 'mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg'
 
 
@@ -310,8 +312,7 @@ def read_comment(path):
     with path.open('rb') as file:
       data = file.read(12)
     if data[4:8] == b'ftyp' or data[:4] == b'\x1aE\xdf\xa3':
-      options = {'format_whitelist': _VIDEO_FORMATS}
-      with av.open(str(path), options=options) as container:
+      with open_container(path) as container:
         return container.metadata.get('comment', '')
     with Image.open(path, formats=['GIF', 'WEBP', 'PNG']) as image:
       names = 'Comment', 'comment', 'xmp'
@@ -367,9 +368,14 @@ def _read_animation(path):
       yield from itertools.repeat(_to_rgb(image), repeat)
 
 
-def _read_container(path):
+def open_container(path):
+  """PyAV's container of a video file; of no format that opens other files."""
   options = {'format_whitelist': _VIDEO_FORMATS}
-  with av.open(str(path), options=options) as container:
+  return av.open(str(path), options=options, metadata_errors='replace')
+
+
+def _read_container(path):
+  with open_container(path) as container:
     if not container.streams.video:
       raise ValueError(f'{path} holds no video. Pass a video file.')
     stream = container.streams.video[0]

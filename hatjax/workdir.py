@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -33,7 +34,7 @@ from orbax.checkpoint.checkpoint_managers import (
   LatestN,
 )
 
-from hatjax import environment, video
+from hatjax import board, environment, video
 from hatjax import state as state_lib
 
 # These settings of the train block may change when a run goes on.
@@ -51,13 +52,18 @@ def read_config(workdir):
   """
   path = pathlib.Path(workdir) / 'config.json'
   try:
-    return json.loads(path.read_text())
+    config = json.loads(path.read_text())
+    names = dict(config).get('stages', ())
+    # They are folders, and must not lead elsewhere.
+    if names and all(re.fullmatch(r'\w+', name) for name in names):
+      return config
+    raise TypeError('it names no stages, or wrong ones')
   except FileNotFoundError:
     raise ValueError(
       f'{workdir} is not a run: it has no config.json. Train one: python -m '
       f'hatjax.train --config configs/ck_plus.py --workdir {workdir}'
     ) from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (OSError, ValueError, TypeError, RecursionError) as error:
     raise ValueError(f'{path} cannot be read: {error}.') from error
 
 
@@ -199,6 +205,20 @@ def open_workdir(workdir, config):
     yield workdir
 
 
+class _Manager(ocp.CheckpointManager):
+  """Opens a folder although the scores of a checkpoint are damaged."""
+
+  def metrics(self, step):
+    try:
+      return dict(super().metrics(step) or {})
+    except (ValueError, TypeError):
+      print(
+        f'warning: the scores of {self.directory}/{step} are damaged.',
+        file=sys.stderr,
+      )
+      return {}
+
+
 class Run:
   """One stage of a run on disk.
 
@@ -228,7 +248,7 @@ class Run:
 
   def _open_manager(self, keep, read_only):
     by_score = lambda metrics: metrics.get('val/psnr', -np.inf)
-    return ocp.CheckpointManager(
+    return _Manager(
       (self.folder / 'checkpoints').absolute(),
       item_handlers=ocp.StandardCheckpointHandler(),  # to know the metadata
       options=ocp.CheckpointManagerOptions(
@@ -236,6 +256,8 @@ class Run:
           LatestN(n=keep), BestN(n=1, get_metric_fn=by_score),
         ]),
         best_fn=by_score,
+        # It measures with a clock that may be set while it saves.
+        async_options=ocp.options.AsyncOptions(timeout_secs=10**9),
         cleanup_tmp_directories=not read_only,
         create=not read_only,
         read_only=read_only,
@@ -266,8 +288,9 @@ class Run:
       unchecked: take it as it is, whatever was saved there.
 
     Raises:
-      Damaged: it cannot be read, or has other bits than were saved.
-      ValueError: no such step, or a checkpoint of another config.
+      Damaged: it cannot be read, is of another config, or has other bits
+        than were saved.
+      ValueError: no such step.
     """
     if step is not None and step not in self.steps():
       raise ValueError(
@@ -304,7 +327,8 @@ class Run:
       reason = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise Damaged(f'{name} cannot be read ({reason[:200]}).') from error
     if found:
-      raise ValueError(f'{name} is of another config: {found[0]}.')
+      # Or its list of arrays is damaged: then an earlier one will fit.
+      raise Damaged(f'{name} is of another config: {found[0]}.')
     saved = read_checksums(self.folder).get(step)
     if not unchecked and saved not in (None, state_lib.checksum(state)):
       raise Damaged(f'{name} is not what was saved: its checksum differs.')
@@ -399,17 +423,11 @@ class Run:
     row = {'step': step} | {k: float(v) for k, v in scalars.items()}
     with open(self.folder / 'metrics.jsonl', 'a') as file:
       file.write(json.dumps(row) + '\n')
-    for name, value in row.items():
-      if name != 'step':
-        self._tensorboard().add_scalar(name, value, step)
+    self._tensorboard().scalars(step, row)
 
   def _tensorboard(self):
     if self._board is None:
-      import tensorboardX  # Slow to import; generate does not log.
-
-      self._board = tensorboardX.SummaryWriter(
-        str(self.folder / 'tensorboard')
-      )
+      self._board = board.Board(self.folder / 'tensorboard')
     return self._board
 
   def sample(self, step, clips, fps=12):
@@ -431,7 +449,7 @@ class Run:
     hold = lambda x: np.concatenate([x, x[-1:].repeat(longest - len(x), 0)])
     rows = np.stack([np.concatenate([*map(hold, c)], 2) for c in clips])
     video.write_video(path.with_suffix('.mp4'), video.tile(rows), fps)
-    self._tensorboard().add_image('samples', strip, step, dataformats='HWC')
+    self._tensorboard().image(step, 'samples', strip)
 
   def plot_losses(self):
     """losses.png: curves of metrics.jsonl, as the paper's figures 9 and 10."""

@@ -27,7 +27,7 @@ FLOORS = (
 SIDEWAYS = {
   ('video', 'encoders'), ('faces', 'video'),
   ('nets', 'nets'), ('methods', 'methods'),
-  ('clips', 'video'),
+  ('clips', 'video'), ('sound', 'video'),
   ('records', 'clips'), ('records', 'faces'), ('records', 'video'),
   ('synthetic_faces', 'synthetic_faces'), ('synthetic_faces', 'command'),
   ('synthetic_faces', 'video'),
