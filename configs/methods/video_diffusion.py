@@ -69,7 +69,7 @@ def _model(preset, image_size):
     image_fraction=0.2,           # share of clips seen as stills
     draft_error=0.05,             # drafts' deviation; the unit of paired
     mean_fraction=0.75,           # paired: share of clips for the mean alone
-    strength=0.15,                # 0.03 for paired in a cascade: share of the levels a draft is noised by
+    strength=0.15,                # share of the levels a draft is noised by
     sampler='ddim',               # or ancestral
     num_sample_steps=64,          # from pure noise; a draft needs its share
     guidance=1.0,                 # towards the label; 1: none
