@@ -195,7 +195,9 @@ def _run(args):
   address = serve(page.build(lives, folder), args.host, port, args.open)
   print(address, flush=True)
   print('Stop it with Ctrl-C.', file=sys.stderr)
-  threading.Event().wait()
+  while True:
+    time.sleep(30)
+    page.sweep(folder)
 
 
 def main(argv=None):
