@@ -181,7 +181,8 @@ def world(tmp_path_factory):
     [sys.executable, '-m', 'hatjax.prepare', 'synthetic', '--num_identities',
      '12', '--num_frames', '8'], cwd=here, env=environment, check=True,
   )
-  write_run(here / 'runs' / 'quickstart', 'tiny')
+  labels = tuple(sorted(synthetic_faces.EXPRESSIONS))
+  write_run(here / 'runs' / 'quickstart', 'tiny', labels)
   config = here / 'runs' / 'quickstart' / 'config.json'
   text = config.read_text().replace('frame_folders/face-256', RECORDS)
   config.write_text(text)
