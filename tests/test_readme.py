@@ -147,13 +147,14 @@ def test_the_python_block_and_the_file_run(faces_here, capsys):
 # -- slow: all of it ----------------------------------------------------------
 
 
-def write_clips(folder, people=4, frames=4):
+def write_clips(folder, labels, people=4, frames=4):
   """Synthetic faces in AffineGAN's layout."""
   for person in range(people):
-    for label in ('happy', 'surprise'):
+    for label in labels:
       part = folder / label / 'train' / 'img' / f'p{person}'
       part.mkdir(parents=True)
-      clip = synthetic_faces.render_clip(person, label, frames, 96)['video']
+      shown = label if label in synthetic_faces.EXPRESSIONS else 'disgust'
+      clip = synthetic_faces.render_clip(person, shown, frames, 96)['video']
       for t, frame in enumerate(clip):
         cv2.imwrite(str(part / f'{t:04d}.png'), frame[..., ::-1])
 
@@ -162,8 +163,9 @@ def write_clips(folder, people=4, frames=4):
 def world(tmp_path_factory):
   """(folder, environment): all that the README's commands take for granted."""
   here = tmp_path_factory.mktemp('readme')
-  write_clips(here / 'home' / 'my_clips')
-  write_clips(here / 'affinegan_sample', 6)
+  write_clips(here / 'home' / 'my_clips', ('happy', 'surprise'))
+  sample = load_config('configs/frame_folders.py:sample').hat_cgan.data.labels
+  write_clips(here / 'affinegan_sample', sample, 1)
   clip = synthetic_faces.render_clip(5, 'happy', 6, 128)['video']
   for name in ('me.jpg', 'faces/1.png', 'faces/2.png'):
     (here / name).parent.mkdir(exist_ok=True)
@@ -198,6 +200,8 @@ def small(name, words):
       x for x in argument.split(',')
       if x and x not in ('paper', 'reference') and not x.isdecimal()
     ]
+    if 'fev_gan' in kept and 'identity_encoder' not in kept:
+      kept.insert(0, 'identity_encoder')  # in place of VGG-Face's weights
     words[at] = f'{file}:{",".join([*kept, "tiny"])}'
     config = load_config(words[at])
     for stage in config.stages if name == 'train' else ():
