@@ -81,9 +81,9 @@ def offer_training(folder=QUICKSTART):
   """A page that trains the quickstart model; (blocks, done: an Event)."""
   import gradio as gr
 
-  done = threading.Event()
+  done, untrained = threading.Event(), 'No trained run yet'
 
-  def train(progress=gr.Progress()):  # noqa: B008
+  def train():
     command = [
       sys.executable, '-m', 'hatjax.train', '--config',
       'configs/synthetic.py', '--workdir', str(folder),
@@ -94,28 +94,33 @@ def offer_training(folder=QUICKSTART):
     with open(log, 'w') as file:
       process = subprocess.Popen(command, stdout=file, stderr=file)
     while process.poll() is None:
-      progress((_steps_done(folder), QUICKSTART_STEPS), desc='Training',
-               unit='steps')
+      steps = _steps_done(folder)
+      yield (
+        f'Training: {steps} of {QUICKSTART_STEPS} steps.' if steps else
+        'Drawing faces and compiling: a minute or two.'
+      )
       time.sleep(1)
     if process.returncode:
       raise gr.Error(f'Training ended early. {log} says why.')
     (pathlib.Path(folder) / 'steps').write_text(f'{QUICKSTART_STEPS}\n')
+    yield 'Done. The page opens by itself in a few seconds.'
     done.set()
-    return 'Done. The page opens by itself in a few seconds.'
 
   with gr.Blocks(title='hatjax', analytics_enabled=False) as blocks:
     gr.Markdown(
-      '## No trained run yet\nTrain the quickstart model first: synthetic '
+      f'## {untrained}\nTrain the quickstart model first: synthetic '
       'faces, 64x64, about six minutes on two cores. Or start this page with '
       '`--workdir` and a run of your own.'
     )
     button = gr.Button('Train it now', variant='primary', elem_id='train')
     said = gr.Markdown(elem_id='said')
-    button.click(train, None, said, concurrency_limit=1).success(
-      None, js='() => {setInterval(() => fetch("/").then((r) => r.text())'
-      f'.then((t) => {{if (t.includes("{page.TITLE}")) location.reload()}})'
-      ', 2000)}'
-    )
+    button.click(train, None, said, concurrency_limit=1)
+    button.click(lambda: gr.Button(interactive=False), None, button)
+    # Another page stands here when the training is over.
+    button.click(None, js='() => {setInterval(() => fetch("/")'
+                 '.then((answer) => answer.text()).then((text) => '
+                 f'{{if (!text.includes("{untrained}")) location.reload()}})'
+                 '.catch(() => {}), 3000)}')
   return blocks, done
 
 
@@ -190,7 +195,9 @@ def _run(args):
   address = serve(page.build(lives, folder), args.host, port, args.open)
   print(address, flush=True)
   print('Stop it with Ctrl-C.', file=sys.stderr)
-  threading.Event().wait()
+  while True:
+    time.sleep(30)
+    page.sweep(folder)
 
 
 def main(argv=None):

@@ -5,6 +5,7 @@ told on the page, as a note, and changes nothing.
 """
 
 import base64
+import contextlib
 import html
 import pathlib
 import tempfile
@@ -71,9 +72,26 @@ def write_examples(folder):
   paths = []
   for seed in EXAMPLES:
     clip = synthetic_faces.render_clip(seed, 'neutral', 1, 256)
-    paths.append(str(pathlib.Path(folder) / f'synthetic_{seed}.png'))
+    paths.append(str(pathlib.Path(folder) / f'examples/synthetic_{seed}.png'))
     video.write_image(paths[-1], clip['video'][0])
   return paths
+
+
+def sweep(folder, keep=KEEP):
+  """Deletes the files below a folder that are older than `keep` seconds.
+
+  The drawn faces stay, by their content: wherever they were copied to.
+  """
+  files = [path for path in pathlib.Path(folder).rglob('*') if path.is_file()]
+  drawn = {
+    path.read_bytes() for path in files
+    if path.parent == pathlib.Path(folder) / 'examples'
+  }
+  for path in files:
+    with contextlib.suppress(OSError):  # gone already
+      old = time.time() - path.stat().st_mtime > keep
+      if old and path.read_bytes() not in drawn:
+        path.unlink()
 
 
 class Page:

@@ -30,5 +30,6 @@ Four faces that were not trained on, each making every expression:
 Next:
   bash launch/quickstart.sh        800 steps more: better faces
   .venv/bin/python -m hatjax.generate --workdir $work --image your_face.jpg
+  bash launch/install.sh app && .venv/bin/python -m hatjax.app   # in a browser
   .venv/bin/python -m hatjax.prepare --help      your own clips, CK+, MUG
 TXT

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -204,6 +205,22 @@ def test_a_wrong_file_gives_a_note(browser, address, tmp_path):
   tab.set_input_files('#photo input[type=file]', path)
   tab.get_by_text('No face found.').wait_for()
   tab.close()
+
+
+def test_uploads_and_results_are_deleted(tmp_path):
+  drawn = pathlib.Path(page.write_examples(tmp_path)[0])
+  names = ('a/photo.png', 'a/smile.mp4', 'b/new.gif', 'c/synthetic_1.png')
+  for name in names:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(name)
+  shutil.copy(drawn, tmp_path / 'a' / 'copied.png')
+  for path in tmp_path.rglob('*.*'):
+    if path.name != 'new.gif':
+      os.utime(path, (time.time() - page.KEEP - 1,) * 2)
+  page.sweep(tmp_path)
+  left = [name for name in names if (tmp_path / name).exists()]
+  assert left == ['b/new.gif']
+  assert drawn.exists() and (tmp_path / 'a' / 'copied.png').exists()
 
 
 def test_it_listens_to_this_machine_alone(address):
