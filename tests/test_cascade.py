@@ -94,10 +94,10 @@ def face():
   return np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 
 
-def draft_of(run, images, labels, **settings):
+def draft_of(run, images, label, **settings):
   """What the first stage alone makes."""
   return runs.Run(run.config, run.stages[:1]).animate(
-    images, labels, **settings
+    images, label, **settings
   )
 
 
@@ -516,7 +516,7 @@ def test_generate_refines_a_video(folders, run, face, tmp_path, capsys):
   assert call(*args, '--label', 'joy', '--refine', 0.3, '--out', out) == 0
   frames, fps = video.read_video(out)
   assert frames.shape == clip.shape and fps == 12
-  assert '1 x 10 frames' in capsys.readouterr().out
+  assert '1 x 10 frames' in capsys.readouterr().err
   read, _ = video.read_video(tmp_path / 'in.mp4')
   assert call(*args, '--refine', 0.3, '--out', tmp_path / 'frames/') == 0
   frames, _ = video.read_video(tmp_path / 'frames')
