@@ -449,7 +449,7 @@ def test_guidance_goes_from_the_null_label_through_the_label(tiny):
   def guess(guidance):
     method = make(**SMALL, guidance=guidance)
     return jax.jit(
-      lambda label: method._guess(params, xt, 1, label, None)
+      lambda label: method._guess(params, xt, 1, label, None, None)
     )
 
   label = np.array([0, 2])
