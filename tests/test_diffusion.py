@@ -598,7 +598,9 @@ def test_paired_mode_asks_for_its_draft(tiny):
   (dict(prediction='noise'), 'eps, x0, v'),
   (dict(sampler='ddpm'), 'ancestral'),
   (dict(strength=1.5), 'model.strength'),
-  (dict(mean_fraction=0.5), 'model.mean_fraction.*eps'),
+  (
+    dict(mean_fraction=0.5, prediction='eps'), 'model.mean_fraction.*eps'
+  ),
   (dict(draft_error=0.0), 'model.draft_error'),
   (dict(dim_mults=(1,) * 6), 'multiple of 32'),
   (dict(dim=12), 'multiple of 8'),
