@@ -68,6 +68,7 @@ def read_config(workdir):
 
 
 def write_atomically(path, text):
+  """Puts text into a file, whole or not at all; OSError leaves the old one."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     temporary.write_text(text)

@@ -204,6 +204,8 @@ def test_a_wrong_file_gives_a_note(browser, address, tmp_path):
   tab.get_by_text('Drop a photo first').wait_for()
   tab.set_input_files('#photo input[type=file]', path)
   tab.get_by_text('No face found.').wait_for()
+  assert tab.locator('#moved img').count() == 0
+  assert tab.locator('.hj-video video').count() == 0
   tab.close()
 
 
