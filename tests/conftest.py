@@ -127,3 +127,17 @@ def write_run(folder, argument, labels=('happy', 'surprise'), **model):
 def tiny_run(tmp_path_factory):
   """The workdir of a HAT-cGAN at 16x16 that knows happy and surprise."""
   return write_run(tmp_path_factory.mktemp('tiny') / 'run', 'tiny')
+
+
+@pytest.fixture(scope='session')
+def run_folder(toy_records, tmp_path_factory):
+  """An unbroken run of eight steps, a checkpoint after every second; only to
+  be read and copied."""
+  from test_pipeline import tiny_config
+
+  from hatjax import train
+
+  folder = tmp_path_factory.mktemp('run') / 'a'
+  config = tiny_config(train__ckpt_every=2, train__val_clips=1)
+  train.train(config, folder, toy_records)
+  return folder

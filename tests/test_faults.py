@@ -144,15 +144,6 @@ def test_killed_many_times(argument, mode, toy_records, tmp_path):
 # -- disks and clocks ---------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def run_folder(toy_records, tmp_path_factory):
-  """An unbroken run of 8 steps."""
-  folder = tmp_path_factory.mktemp('run') / 'a'
-  config = tiny_config(train__ckpt_every=2, train__val_clips=1)
-  train.train(config, folder, toy_records)
-  return folder
-
-
 @contextlib.contextmanager
 def small_disk(folder, size):
   """A file system of `size` in a folder; skips where none may be mounted."""

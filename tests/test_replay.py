@@ -11,15 +11,6 @@ from test_pipeline import assert_same, command, parameters, tiny_config
 from hatjax import environment, records, replay, runs, state, train, workdir
 
 
-@pytest.fixture(scope='module')
-def run_folder(toy_records, tmp_path_factory):
-  """Eight steps with a checkpoint after every second."""
-  folder = tmp_path_factory.mktemp('run') / 'a'
-  config = tiny_config(train__ckpt_every=2, train__val_clips=1)
-  train.train(config, folder, toy_records)
-  return folder
-
-
 @pytest.fixture
 def copy(run_folder, tmp_path):
   return shutil.copytree(run_folder, tmp_path / 'copy')
