@@ -69,6 +69,5 @@ def parse(arg, default_size, data, default_stages=('hat_cgan',)):
     nearest = preset if preset in known else preset.split('_')[0]
     config[name] = METHODS[name].get_stage(nearest, size, data(preset, size))
   if 'video_diffusion' in stages[1:] and preset in ('default', 'tiny'):
-    # Better than its drafts so, with little noise; 'noise' is not: see README.
-    config.video_diffusion.model.update(mode='paired', strength=0.03)
+    config.video_diffusion.model.update(METHODS['video_diffusion'].PAIRED)
   return config

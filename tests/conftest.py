@@ -4,11 +4,25 @@ import importlib
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
-# Before jax starts. Subprocesses of the tests see one device, as users do.
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
 # Compiling is most of the suite's time; subprocesses inherit this.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+if 'HATJAX_TEST_FLAGS' not in os.environ:  # before jax starts
+  os.environ['HATJAX_TEST_FLAGS'] = (
+    '--xla_cpu_use_fusion_emitters=false '
+    '--xla_cpu_parallel_codegen_split_count=1'
+  )
+  if subprocess.run(  # XLA aborts at a flag that it does not know
+    [sys.executable, '-c', 'import jax; jax.devices()'], capture_output=True,
+    env={**os.environ, 'XLA_FLAGS': os.environ['HATJAX_TEST_FLAGS']},
+  ).returncode:
+    os.environ['HATJAX_TEST_FLAGS'] = ''
+  os.environ['XLA_FLAGS'] = (
+    os.environ['HATJAX_TEST_FLAGS']
+    + ' --xla_force_host_platform_device_count=2'
+  )
 
 import cv2
 import jax
@@ -25,6 +39,12 @@ def _cache():
 
 jax.config.update('jax_compilation_cache_dir', _cache())
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def xla_flags(devices=1):
+  """Environment of a subprocess with that many fake devices."""
+  count = f'--xla_force_host_platform_device_count={devices}'
+  return {'XLA_FLAGS': f'{os.environ["HATJAX_TEST_FLAGS"]} {count}'}
 
 
 @pytest.fixture(scope='session')

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import cv2
 import jax
 import jax.numpy as jnp
@@ -337,11 +338,11 @@ def test_a_profile_is_compared_and_a_trace_written(tmp_path):
 
 
 def command(*arguments):
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   return subprocess.run(
     [sys.executable, '-m', 'hatjax.benchmark', '--config',
      'configs/frame_folders.py:hat_cgan,tiny', *arguments],
-    cwd=ROOT, env=environment, capture_output=True, text=True,
+    cwd=ROOT, env={**os.environ, **conftest.xla_flags()},
+    capture_output=True, text=True,
   )
 
 
@@ -411,7 +412,8 @@ def test_generator_equals_torch(lowering):
   image = rng.uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
   alpha, label = jnp.array([[0.3], [0.3]]), jnp.zeros(2, jnp.int32)
   with layers.lowering(lowering):
-    params = ours.init(jax.random.key(0), image, label, alpha)['params']
+    variables = jax.jit(ours.init)(jax.random.key(0), image, label, alpha)
+    params = variables['params']
     params = randomize(params)
     frame = ours.apply({'params': params}, image, label, alpha)
   theirs = torch_reference.Generator(64, 4).eval()
@@ -432,7 +434,8 @@ def test_discriminator_equals_torch():
   rng = np.random.default_rng(1)
   image, frame = rng.uniform(-1, 1, (2, 2, 32, 32, 3)).astype(np.float32)
   ours = nets.PatchDiscriminator(width=4)
-  params = randomize(ours.init(jax.random.key(0), image, frame)['params'])
+  variables = jax.jit(ours.init)(jax.random.key(0), image, frame)
+  params = randomize(variables['params'])
   theirs = torch_reference.PatchDiscriminator(4)
   copy_weights(theirs, params)
   with torch.no_grad():

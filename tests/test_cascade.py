@@ -172,7 +172,7 @@ def test_drafts_are_what_the_first_stage_makes_of_the_same_alphas(
   _, batch = prepared(run, toy_records, 'inferred')
   _, method, state = run.stages[0]
   first = batch['video'][:, 0]
-  alpha = method.infer(state, {
+  alpha = jax.jit(method.infer)(state, {
     'image': first, 'driving': batch['video'], 'label': batch['label'],
   })
   assert np.abs(alpha).max() > 1e-3

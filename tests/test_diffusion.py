@@ -509,7 +509,7 @@ def test_paired_mode_diffuses_what_the_draft_lacks():
     mean_fraction=0.0,
   )
   batch, noise = toy_batch(), normal(3, 2, 3, 8, 8, 3)
-  state = method.init(jax.random.key(0), batch)  # says 0 to everything
+  state = jax.jit(method.init)(jax.random.key(0), batch)  # says 0 to everything
   real, draft = (batch[k][:, 1:] for k in ('video', 'draft'))
   t = np.array([3, 9])
   signal, sigma = (
@@ -545,7 +545,7 @@ def test_paired_mode_learns_the_mean_without_noise():
     num_sample_steps=2, draft_error=0.1, mean_fraction=1.0, image_fraction=0.0,
   )
   batch, noise = toy_batch(), normal(3, 2, 3, 8, 8, 3)
-  state = method.init(jax.random.key(0), batch)
+  state = jax.jit(method.init)(jax.random.key(0), batch)
   task = jax.jit(method.draw_task)(batch, jax.random.key(0))
   assert task['blank'].all() and (task['t'] == method.num_noise_steps).all()
   state = state.replace(

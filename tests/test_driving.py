@@ -35,12 +35,9 @@ def run():
   batch = runs.example_batch(stage)
   state = jax.jit(method.init)(jax.random.key(0), batch)
   # Off its zeros, so that every input matters.
-  leaves, tree = jax.tree.flatten(state.params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  leaves = [
-    p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)
-  ]
-  state = state.replace(params=jax.tree.unflatten(tree, leaves))
+  rng = np.random.default_rng(1)
+  move = lambda p: p + rng.normal(0, 0.1, p.shape).astype(p.dtype)
+  state = state.replace(params=jax.tree.map(move, state.params))
   folder = {
     'info': {'crop': 'given', 'trained_labels': [], 'labels': []},
     'stages': ['motion_transfer'], 'motion_transfer': stage,

@@ -34,7 +34,7 @@ def batch():
 
 def test_it_learns_and_scores():
   method, data = make(tx=optax.adam(1e-2)), batch()
-  trained = method.init(jax.random.key(0), data)
+  trained = jax.jit(method.init)(jax.random.key(0), data)
   step = jax.jit(method.train_step)
   for _ in range(60):
     trained, metrics = step(trained, data, jax.random.key(1))
@@ -56,7 +56,7 @@ def test_microbatches_equal_the_whole_batch():
   data, found = batch(), []
   for parts in (1, 2):
     method = make(parts, optax.sgd(1.0))
-    begin = method.init(jax.random.key(0), data)
+    begin = jax.jit(method.init)(jax.random.key(0), data)
     end, metrics = jax.jit(method.train_step)(begin, data, None)
     found.append((end.params['judge'], metrics))
   for a, b in zip(*map(jax.tree.leaves, found)):

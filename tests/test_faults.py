@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -56,13 +57,10 @@ def config_of(argument, mode, num_steps):
 def start(config, folder, data_dir):
   path = folder.with_suffix('.json')
   path.write_text(json.dumps(config))
-  flags = '--xla_force_host_platform_device_count=2'
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | (
-    {'XLA_FLAGS': flags} if config['parallel'] == 'pmap' else {}
-  )
+  flags = conftest.xla_flags(1 + (config['parallel'] == 'pmap'))
   return subprocess.Popen(
     [sys.executable, '-c', WORKER, str(path), str(folder), str(data_dir)],
-    cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+    cwd=ROOT, env={**os.environ, **flags}, stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT, text=True,
   )
 
@@ -92,26 +90,9 @@ def kill_after(process, seconds):
   process.communicate()
 
 
-def survive(argument, mode, kills, num_steps, toy_records, folder):
-  """Kills a run again and again; it must end as the one left alone.
-
-  Returns:
-    How many of the kills found a checkpoint half written.
-  """
-  config = config_of(argument, mode, num_steps)
-  whole, broken = folder / 'whole', folder / 'broken'
-  begin = time.time()
-  finish(start(config, whole, toy_records))
-  length = time.time() - begin
-  rng, halves = random.Random(argument + mode), 0
-  for n in range(kills):
-    process = start(config, broken, toy_records)
-    if n % 2 == 0:
-      halves += kill_in_a_write(process, broken, rng)
-    else:
-      kill_after(process, rng.uniform(0.3, 1.0) * length)
-  finish(start(config, broken, toy_records))
-  for name in config['stages']:
+def assert_equal_runs(whole, broken, stages, num_steps):
+  """Every checkpoint and every logged number, bit for bit."""
+  for name in stages:
     sums = workdir.read_checksums(whole / name)
     assert len(sums) == num_steps // 3
     assert workdir.read_checksums(broken / name) == sums, name
@@ -125,11 +106,46 @@ def survive(argument, mode, kills, num_steps, toy_records, folder):
       broken, workdir.read_config(broken), name, unchecked=True
     )
     assert state.checksum(found.state) == sums[num_steps]
-  return halves
+
+
+def survive(argument, mode, kills, num_steps, toy_records, folder):
+  """Kills a run again and again; it must end as the one left alone.
+
+  A run that ends before the last kill is compared, and another one begun.
+
+  Returns:
+    (how many of the kills found a checkpoint half written, how many runs).
+  """
+  config = config_of(argument, mode, num_steps)
+  whole, broken = folder / 'whole', folder / 'broken'
+  finish(start(config, whole, toy_records))
+  begin = time.time()
+  finish(start(config, folder / 'again', toy_records))
+  length = time.time() - begin  # of a run that is compiled
+  compare = lambda run: assert_equal_runs(
+    whole, run, config['stages'], num_steps
+  )
+  compare(folder / 'again')
+  rng, done, halves, ended = random.Random(argument + mode), 0, 0, 0
+  while done < kills:
+    process = start(config, broken, toy_records)
+    if done % 2 == 0:
+      halves += kill_in_a_write(process, broken, rng)
+    else:
+      kill_after(process, rng.uniform(0.2, 1.0) * length)
+    done += process.returncode == -signal.SIGKILL
+    if process.returncode == 0:
+      compare(broken)
+      shutil.rmtree(broken)
+      ended += 1
+  finish(start(config, broken, toy_records))
+  compare(broken)
+  return halves, ended + 1
 
 
 def test_killed_twice(toy_records, tmp_path):
-  assert survive('hat_cgan', 'jit', 2, 12, toy_records, tmp_path) >= 1
+  halves, _ = survive('hat_cgan', 'jit', 2, 12, toy_records, tmp_path)
+  assert halves >= 1
 
 
 @pytest.mark.slow
@@ -137,8 +153,11 @@ def test_killed_twice(toy_records, tmp_path):
 @pytest.mark.parametrize('argument', METHODS)
 def test_killed_many_times(argument, mode, toy_records, tmp_path):
   kills = int(os.environ.get('HATJAX_KILLS', '20'))
-  halves = survive(argument, mode, kills, 30, toy_records, tmp_path)
-  print(f'{argument} {mode}: killed {kills} times, {halves} in a checkpoint')
+  halves, count = survive(argument, mode, kills, 30, toy_records, tmp_path)
+  print(
+    f'{argument} {mode}: killed {kills} times in {count} runs, '
+    f'{halves} in a checkpoint'
+  )
 
 
 # -- disks and clocks ---------------------------------------------------------

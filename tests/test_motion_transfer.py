@@ -249,7 +249,7 @@ def test_blend_keeps_the_warped_picture_or_draws(bias, drawn):
   )
   image = toy_batch()['video'][:, 0]
   flow = warp.grid(8, 8)[None].repeat(2, 0)  # the identity
-  variables = net.init(jax.random.key(0), image, flow, flow[..., :1])
+  variables = jax.jit(net.init)(jax.random.key(0), image, flow, flow[..., :1])
   last = variables['params']['last']
   last['kernel'] = jnp.zeros_like(last['kernel'])
   last['bias'] = jnp.array([0.0, 0.0, 0.0, bias])
@@ -262,7 +262,7 @@ def test_generator_caches_what_does_not_depend_on_the_motion():
   image = toy_batch()['video'][:1, 0]
   flow = jnp.tanh(jax.random.normal(jax.random.key(2), (3, 8, 8, 2)))
   visible = jax.random.uniform(jax.random.key(3), (3, 8, 8, 1))
-  variables = net.init(jax.random.key(0), image, flow, visible)
+  variables = jax.jit(net.init)(jax.random.key(0), image, flow, visible)
   code = net.apply(variables, image, method='encode')
   frames = net.apply(variables, code, flow, visible, method='decode')
   for t in range(3):
@@ -367,7 +367,7 @@ def test_swats_needs_a_positive_rate_and_decays_it():
 def test_statistics_of_a_batch_move_and_serve_generation():
   method = make(norm='batch', width=4)
   batch = toy_batch()
-  state = method.init(jax.random.key(0), batch)
+  state = jax.jit(method.init)(jax.random.key(0), batch)
   new, metrics = jax.jit(method.train_step)(state, batch, jax.random.key(1))
   assert all(np.isfinite(v) for v in jax.device_get(metrics).values())
   old, moved = (
@@ -408,7 +408,7 @@ def test_perceptual_loss_of_vgg_19_at_every_scale(monkeypatch):
 ], ids=['paper', 'bare'])
 def test_variants_step(changes):
   method, batch = make(**changes), toy_batch()
-  state = method.init(jax.random.key(0), batch)
+  state = jax.jit(method.init)(jax.random.key(0), batch)
   assert ('discriminator' in state.params) == (method.lambda_gan > 0)
   new, metrics = jax.jit(method.train_step)(state, batch, jax.random.key(1))
   assert all(np.isfinite(v) for v in jax.device_get(metrics).values())
@@ -423,7 +423,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     lambda_equivariance=11.0, lambda_equivariance_jacobian=13.0, jacobian=True,
   )
   batch = toy_batch()
-  state = method.init(jax.random.key(0), batch)
+  state = jax.jit(method.init)(jax.random.key(0), batch)
   _, m = jax.jit(method.train_step)(state, batch, jax.random.key(1))
   weights = dict(
     perceptual=2, l1=3, gan=5, features=7, equivariance=11,
@@ -435,7 +435,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
 
 def test_animate_makes_any_length_in_chunks():
   method, batch = make(), toy_batch(frames=11, batch=1)
-  state = method.init(jax.random.key(0), batch)
+  state = jax.jit(method.init)(jax.random.key(0), batch)
   video = batch['video']
   inputs = {'image': video[:, 0], 'driving': video}
   frames = jax.jit(method.animate, static_argnums=3)(state, inputs, None, 11)

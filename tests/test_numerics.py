@@ -418,24 +418,28 @@ def small_generator(**kwargs):
                   num_parts=2, warp_sizes=(4, 16))
   module = nets.Generator(**settings | kwargs)
   image, label = np.tanh(normal(0, 2, 16, 16, 3)), jnp.array([0, 2])
-  params = module.init(jax.random.key(0), image, label, jnp.zeros((2, 1)))
+  init = jax.jit(module.init)
+  params = init(jax.random.key(0), image, label, jnp.zeros((2, 1)))
   return module, params, image, label
 
 
 def perturbed(params, scale=0.1):
   """All parameters moved, so that nothing that starts at zero stays there."""
-  leaves, tree = jax.tree.flatten(params)
-  moved = [p + scale * normal(i, *p.shape) for i, p in enumerate(leaves)]
-  return jax.tree.unflatten(tree, moved)
+  rng = np.random.default_rng(0)
+  move = lambda p: p + rng.normal(0, scale, p.shape).astype(p.dtype)
+  return jax.tree.map(move, params)
+
+
+def jitted(module):
+  return jax.jit(module.apply, static_argnames='method')
 
 
 def codes_at(module, params, image, label, alpha):
-  base = module.apply(params, image, method='encode_base')
-  motion = module.apply(params, image, label, method='encode_motion')
+  apply = jitted(module)
+  base = apply(params, image, method='encode_base')
+  motion = apply(params, image, label, method='encode_motion')
   alpha = jnp.asarray(alpha, jnp.float32)
-  return base, motion, module.apply(
-    params, base, motion, alpha, method='transform'
-  )
+  return base, motion, apply(params, base, motion, alpha, method='transform')
 
 
 def test_transformation_starts_as_the_latent_path():
@@ -472,7 +476,7 @@ def test_spatial_only_has_no_residual_and_no_motion_at_alpha_zero():
 @pytest.mark.parametrize('head', ['residual', 'blend'])
 def test_heads_start_near_the_copy(head, affine):
   module, params, image, label = small_generator(head=head, affine=affine)
-  frame = module.apply(params, image, label, jnp.ones((2, 1)))
+  frame = jitted(module)(params, image, label, jnp.ones((2, 1)))
   if head == 'residual':
     np.testing.assert_allclose(frame, image, atol=1e-5)
   else:  # m = sigmoid(-2) = 0.12 of something near tanh(0) = 0.
@@ -482,7 +486,7 @@ def test_heads_start_near_the_copy(head, affine):
 def test_labels_change_the_residual_once_trained():
   module, params, image, _ = small_generator()
   params = perturbed(params)
-  make = lambda n: module.apply(
+  make = lambda n: jitted(module)(
     params, image, jnp.array([n, n]), method='encode_motion'
   )['residual'][-1]
   assert np.abs(make(0) - make(1)).max() > 1e-3
@@ -491,7 +495,7 @@ def test_labels_change_the_residual_once_trained():
 def test_noise_vector_reaches_the_bottleneck():
   module, params, image, label = small_generator(noise_dim=3)
   base, motion, _ = codes_at(module, params, image, label, [[1.0]] * 2)
-  codes = lambda noise: module.apply(
+  codes = lambda noise: jitted(module)(
     params, base, motion, jnp.ones((2, 1)), noise, method='transform'
   )
   a, b = codes(jnp.zeros((2, 3))), codes(jnp.ones((2, 3)))
@@ -503,9 +507,11 @@ def test_remat_and_bfloat16_give_the_same_frames():
   module, params, image, label = small_generator()
   params = perturbed(params, 0.02)
   alpha = jnp.full((2, 1), 0.5)
-  plain = module.apply(params, image, label, alpha)
-  again = module.clone(remat=True).apply(params, image, label, alpha)
+  plain = jitted(module)(params, image, label, alpha)
+  again = jitted(module.clone(remat=True))(params, image, label, alpha)
   np.testing.assert_allclose(plain, again, atol=1e-5)
-  half = module.clone(dtype=jnp.bfloat16).apply(params, image, label, alpha)
+  half = jitted(module.clone(dtype=jnp.bfloat16))(
+    params, image, label, alpha
+  )
   assert half.dtype == jnp.float32
   assert np.abs(plain - half).mean() < 0.02

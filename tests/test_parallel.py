@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -78,12 +79,11 @@ def compare_devices():
 
 
 def test_eight_devices_equal_one():
-  flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
   path = os.pathsep.join([str(HERE), str(HERE.parent)])
   out = subprocess.run(
     [sys.executable, '-c',
      'import test_parallel; test_parallel.compare_devices()'],
-    env={**os.environ, **flags, 'PYTHONPATH': path}, cwd=HERE,
+    env={**os.environ, **conftest.xla_flags(8), 'PYTHONPATH': path}, cwd=HERE,
     capture_output=True, text=True,
   )
   assert out.returncode == 0, out.stderr[-3000:]
@@ -116,7 +116,7 @@ def test_two_processes_equal_one(toy_records, tmp_path):
     _, err = run.communicate(timeout=240)
     assert run.returncode == 0, err[-3000:]
   command = test_pipeline.command(toy_records, tmp_path / 'one', 4, *quiet)
-  command['env'] |= {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  command['env'] |= conftest.xla_flags(2)
   one = subprocess.run(**command)
   assert one.returncode == 0, one.stderr
   diffs = [

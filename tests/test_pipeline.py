@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def assert_same(a, b):
 
 
 def command(toy_records, folder, num_steps=12, *extra):
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  environment = {**os.environ, **conftest.xla_flags()}
   stage = '--config.hat_cgan'
   return dict(
     args=[

@@ -87,7 +87,7 @@ def test_twice_the_size_from_the_stage_before():
   method = make('double', 64, width=2, mode='drafts')
   assert (method.input_size, method.needs_draft) == (32, True)
   batch = {'video': toy_clips(64), 'draft': toy_clips(32)}
-  state = method.init(jax.random.key(0), batch)
+  state = jax.jit(method.init)(jax.random.key(0), batch)
   new, metrics = jax.jit(method.train_step)(state, batch, jax.random.key(1))
   assert np.isfinite(metrics['loss/l1'])
   frames = jax.jit(method.animate, static_argnums=3)(

@@ -36,7 +36,7 @@ def test_shapes_and_counts_are_the_published_ones(net, size, features, count):
 def test_features_by_hand():
   rng = np.random.default_rng(0)
   image = rng.uniform(-1, 1, (1, 7, 6, 3)).astype(np.float32)
-  params = SMALL.init(jax.random.key(0), image)
+  params = jax.jit(SMALL.init)(jax.random.key(0), image)
   conv1, relu1, pool1, relu2 = SMALL.apply(params, image)
   kernel = np.asarray(params['params']['conv1_1']['kernel'])
   # The released means, in RGB.

@@ -2,6 +2,8 @@
 
 default    3-D U-Net of the released code; learns v with L2 and min-SNR
            weights, labels, stills among the clips
+paired     default, also shown a draft and the photo: for a second stage, which
+           it is by default
 paper      HAT-cGAN-DIFF as worded: convolutions over space and time, additive
            noise (eq. 3); its unstated numbers from the authors' code
 paper_1x1  the same, down to 1x1 in space
@@ -12,7 +14,9 @@ tiny       the smallest legal one: seconds on a CPU
 
 from configs import methods
 
-PRESETS = ('default', 'paper', 'paper_1x1', 'reference', 'tiny')
+PRESETS = ('default', 'paired', 'paper', 'paper_1x1', 'reference', 'tiny')
+# Better than its drafts so, with little noise; 'noise' is not: see README.
+PAIRED = dict(mode='paired', strength=0.03)
 
 
 def get_stage(preset, image_size, data):
@@ -80,6 +84,8 @@ def _model(preset, image_size):
     microbatches=1,               # parts of a batch, one after another
     dtype='float32',              # of the computation; or bfloat16
   )
+  if preset == 'paired':
+    model |= PAIRED
   if preset in ('paper', 'paper_1x1'):
     model |= dict(
       # At 0.37 the noise has deviation 0.23, as the cosine's at 0.15.
