@@ -18,7 +18,7 @@ each: configs/frame_folders.py:sample,identity_encoder,fev_gan
 """
 
 from configs import common
-from configs.methods import fev_gan
+from configs.methods import fev_gan, video_diffusion
 
 
 def get_config(arg=''):
@@ -46,6 +46,8 @@ def get_config(arg=''):
       num_steps=500, log_every=20, ckpt_every=100, sample_every=100,
       val_split='everything', val_clips=6,
     )
+    if name == 'video_diffusion':
+      video_diffusion.shrink(config[name])
     if name in ('fev_gan', 'identity_encoder'):
       config[name].data.labels = ('drumcheeks', 'happy', 'surprise')
       config[name].data.batch_size = 4

@@ -8,7 +8,7 @@ adds the second stage.
 """
 
 from configs import common
-from configs.methods import fev_gan
+from configs.methods import fev_gan, video_diffusion
 
 
 def get_config(arg=''):
@@ -46,16 +46,7 @@ def _size_video_diffusion(stage):
     return
   stage.data.batch_size = 2
   stage.train.update(num_steps=1000, ckpt_every=200, sample_every=200)
-  if stage.model.prediction == 'v':  # our recipe, eleven times as fast
-    # Many faces a step: frames of one clip have much the same errors.
-    stage.data.update(batch_size=5, num_frames=5)
-    stage.model.update(
-      window=5,
-      dim=min(32, stage.model.dim), dim_mults=stage.model.dim_mults[:3],
-      heads=min(4, stage.model.heads), head_dim=min(16, stage.model.head_dim),
-    )
-    if stage.data.image_size == 64:
-      stage.model.patch = 2
+  video_diffusion.shrink(stage)
 
 
 def _size_fev_gan(stage):

@@ -25,7 +25,7 @@ from hatjax import (
   synthetic_faces,
   video,
 )
-from tests.conftest import ROOT, write_run
+from tests.conftest import ROOT, write_run, xla_flags
 
 RECORDS = 'synthetic/128-i12-f8-s0'
 # Commands that no test runs, and why. All others are run.
@@ -173,11 +173,12 @@ def world(tmp_path_factory):
   for name in ('clip.mp4', 'in.mp4', 'made/1.mp4', 'clips/1.mp4'):
     (here / name).parent.mkdir(exist_ok=True)
     video.write_video(here / name, clip)
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {
+  environment = {
+    **os.environ, **xla_flags(),
     'HOME': str(here / 'home'), 'TFDS_DATA_DIR': str(here / 'records'),
     'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME', os.path.expanduser(
       '~/.cache'
-    )), 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    )),
   }
   subprocess.run(
     [sys.executable, '-m', 'hatjax.prepare', 'synthetic', '--num_identities',
@@ -198,11 +199,14 @@ def small(name, words):
     file, _, argument = words[at].partition(':')
     kept = [
       x for x in argument.split(',')
-      if x and x not in ('paper', 'reference') and not x.isdecimal()
+      if x and x not in ('paired', 'paper', 'reference')
+      and not x.isdecimal()
     ]
     if 'fev_gan' in kept and 'identity_encoder' not in kept:
       kept.insert(0, 'identity_encoder')  # in place of VGG-Face's weights
     words[at] = f'{file}:{",".join([*kept, "tiny"])}'
+    if 'paired' in argument:
+      words.append('--config.video_diffusion.model.mode=paired')
     config = load_config(words[at])
     for stage in config.stages if name == 'train' else ():
       for setting, value in SETTINGS.items():

@@ -109,3 +109,18 @@ def _model(preset, image_size):
       num_sample_steps=4, window=3,
     )
   return model
+
+
+def shrink(stage):
+  """Makes our recipe one for minutes on a CPU, eleven times as fast."""
+  model = stage.model
+  if model.prediction != 'v':
+    return
+  # Many faces a step: frames of one clip have much the same errors.
+  stage.data.update(batch_size=5, num_frames=5)
+  model.update(
+    window=5, dim=min(32, model.dim), dim_mults=model.dim_mults[:3],
+    heads=min(4, model.heads), head_dim=min(16, model.head_dim),
+  )
+  if model.image_size == 64:
+    model.patch = 2
