@@ -165,7 +165,8 @@ def world(tmp_path_factory):
   here = tmp_path_factory.mktemp('readme')
   write_clips(here / 'home' / 'my_clips', ('happy', 'surprise'))
   sample = load_config('configs/frame_folders.py:sample').hat_cgan.data.labels
-  write_clips(here / 'affinegan_sample', sample, 1)
+  for name in ('affinegan_sample', 'sample_fit', 'sample_held'):
+    write_clips(here / name, sample, 1)
   clip = synthetic_faces.render_clip(5, 'happy', 6, 128)['video']
   for name in ('me.jpg', 'faces/1.png', 'faces/2.png'):
     (here / name).parent.mkdir(exist_ok=True)
