@@ -128,13 +128,14 @@ def survive(argument, mode, kills, num_steps, toy_records, folder):
   compare(folder / 'again')
   rng, done, halves, ended = random.Random(argument + mode), 0, 0, 0
   while done < kills:
-    process = start(config, broken, toy_records)
+    begin, process = time.time(), start(config, broken, toy_records)
     if done % 2 == 0:
       halves += kill_in_a_write(process, broken, rng)
     else:
       kill_after(process, rng.uniform(0.2, 1.0) * length)
     done += process.returncode == -signal.SIGKILL
     if process.returncode == 0:
+      length = min(length, time.time() - begin)  # or no kill might ever hit
       compare(broken)
       shutil.rmtree(broken)
       ended += 1
