@@ -347,7 +347,8 @@ def _driving(gr, page, crops):
   """The driving clip, the button, and the face that follows it."""
   clip = gr.Video(
     label=f'Driving clip, up to {MAX_SECONDS} seconds', elem_id='clip',
-    sources=['upload', 'webcam'], height=220, include_audio=False, buttons=[],
+    sources=['upload', 'webcam'], height=220, buttons=[],
+    include_audio=True,  # to take it off, Gradio would want an ffmpeg
   )
   button = gr.Button('Drive the face', variant='primary', elem_id='drive')
   outputs = _outputs(gr, page.driven)

@@ -1,5 +1,6 @@
 """The page: what a touch does, then the same by hand in a real browser."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -136,19 +137,32 @@ def browser():
     browser.close()
 
 
-@pytest.fixture(scope='module')
-def address(moving, tmp_path_factory):
+@contextlib.contextmanager
+def serving(runs, folder):
+  """The address of the page with these runs."""
   pytest.importorskip('gradio', reason="pip install 'hatjax[app]'")
-  folder = tmp_path_factory.mktemp('page')
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('GRADIO_TEMP_DIR', str(folder))
     patch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
-    other = live.Live(moving.run, 'other')
-    for run in (moving, other):
+    for run in runs:
       run.warm()
-    blocks = page.build([moving, other], folder)
+    blocks = page.build(runs, folder)
     yield app.serve(blocks)
     blocks.close()
+
+
+@pytest.fixture(scope='module')
+def address(moving, tmp_path_factory):
+  runs = [moving, live.Live(moving.run, 'other')]
+  with serving(runs, tmp_path_factory.mktemp('page')) as where:
+    yield where
+
+
+PLAYS = (  # so many videos, all of them running
+  'many => (videos => videos.length == many && videos.every('
+  'v => v.currentTime > 0 && !v.paused))'
+  '([...document.querySelectorAll(".hj-video video")])'
+)
 
 
 @pytest.mark.parametrize('width', [1280, 390])
@@ -175,11 +189,7 @@ def test_upload_slide_generate_download(
   tab.get_by_label('surprise').click()
   tab.wait_for_function(changed, arg=before)
   tab.click('#make')
-  tab.wait_for_function(
-    'document.querySelectorAll(".hj-video video").length == 2'
-    ' && [...document.querySelectorAll(".hj-video video")].every('
-    'v => v.currentTime > 0 && !v.paused)'  # it plays at once
-  )
+  tab.wait_for_function(PLAYS, arg=2)  # at once
   for kind, frames in (('mp4', 62), ('gif', 62)):
     with tab.expect_download() as download:
       tab.locator(f'.hj-{kind}').last.click()
@@ -193,6 +203,49 @@ def test_upload_slide_generate_download(
     folder = pathlib.Path(os.environ['SCREENSHOTS'])
     tab.screenshot(path=folder / f'{width}.png', full_page=True)
   tab.close()
+
+
+def test_two_users_wait_their_turn(browser, address, photos):
+  tabs = [browser.new_context().new_page() for _ in range(2)]
+  for tab, photo in zip(tabs, photos):
+    tab.goto(address)
+    tab.set_input_files('#photo input[type=file]', photo)
+    tab.wait_for_selector('#moved img')
+  for tab in tabs:
+    tab.click('#make')
+  sources = []
+  for tab in tabs:
+    tab.wait_for_function(PLAYS, arg=2)
+    video_tag = tab.locator('.hj-video video').first
+    sources.append(video_tag.get_attribute('src'))
+    tab.context.close()
+  assert sources[0] != sources[1]
+
+
+def test_a_clip_drives_a_face_in_the_browser(browser, photos, tmp_path):
+  run = hatjax.load(write_run(tmp_path / 'm', 'motion_transfer,tiny', ()))
+  clip = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+  video.write_video(tmp_path / 'clip.mp4', clip, 10)
+  with serving([live.Live(run, 'm')], tmp_path / 'page') as where:
+    tab = browser.new_page()
+    tab.goto(where)
+    tab.set_input_files('#photo input[type=file]', photos[0])
+    tab.wait_for_selector('#box img')
+    tab.click('#drive')
+    tab.get_by_text('record a driving clip first').wait_for()
+    tab.set_input_files('#clip input[type=file]', tmp_path / 'clip.mp4')
+    tab.wait_for_selector('#clip video')
+    tab.click('#drive')
+    tab.wait_for_function(PLAYS, arg=1)
+    with tab.expect_download() as download:
+      tab.locator('.hj-mp4').click()
+    download.value.save_as(tmp_path / 'made.mp4')
+    if os.environ.get('SCREENSHOTS'):
+      folder = pathlib.Path(os.environ['SCREENSHOTS'])
+      tab.screenshot(path=folder / 'driven.png', full_page=True)
+    tab.close()
+  frames, fps = video.read_video(tmp_path / 'made.mp4')
+  assert frames.shape == (9, 16, 16, 3) and fps == 10
 
 
 def test_a_wrong_file_gives_a_note(browser, address, tmp_path):
