@@ -347,7 +347,7 @@ def _driving(gr, page, crops):
   """The driving clip, the button, and the face that follows it."""
   clip = gr.Video(
     label=f'Driving clip, up to {MAX_SECONDS} seconds', elem_id='clip',
-    sources=['upload', 'webcam'], height=220, buttons=[],
+    sources=['upload', 'webcam'], height=260, buttons=[],
     include_audio=True,  # to take it off, Gradio would want an ffmpeg
   )
   button = gr.Button('Drive the face', variant='primary', elem_id='drive')
