@@ -22,6 +22,7 @@ KEEP = 900  # seconds until files are deleted
 EXAMPLES = (1001, 1002, 1005, 1008, 1010, 1012)  # faces that nobody has: seeds
 TITLE = 'A photo, moving'
 CSS = """
+#clip .video-container, #clip video {max-height: 205px}
 .gradio-container {max-width: 1100px !important; margin: auto}
 .hj-row {display: flex; flex-wrap: wrap; gap: 12px; justify-content: center}
 .hj-row figure {margin: 0; flex: 1 1 130px; max-width: 320px}
