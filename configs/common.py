@@ -67,6 +67,8 @@ def parse(arg, default_size, data, default_stages=('hat_cgan',)):
   for name in stages:
     known = METHODS[name].PRESETS
     nearest = preset if preset in known else preset.split('_')[0]
+    if any(preset in METHODS[s].PRESETS for s in stages):  # another stage's
+      nearest = nearest if nearest in known else 'default'
     config[name] = METHODS[name].get_stage(nearest, size, data(preset, size))
   if 'video_diffusion' in stages[1:] and preset in ('default', 'tiny'):
     config.video_diffusion.model.update(METHODS['video_diffusion'].PAIRED)

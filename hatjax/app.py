@@ -9,6 +9,7 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ the page ends; nothing leaves the machine. Stop it with Ctrl-C.
 QUICKSTART = pathlib.Path('runs/quickstart')
 QUICKSTART_STEPS = 800
 MAX_MEGABYTES = 50  # of an upload
+_PREFIX = 'hatjax-app-'
 # The browser itself refuses whatever is not on this machine.
 POLICY = (
   "default-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
@@ -167,8 +169,34 @@ def _load(folders):
   return lives
 
 
+def _temporary_folder():
+  """A folder of this process; those of dead ones are deleted."""
+  for old in pathlib.Path(tempfile.gettempdir()).glob(f'{_PREFIX}*'):
+    owner = old.name.removeprefix(_PREFIX).partition('-')[0]
+    if owner.isdecimal() and not _lives(int(owner)):
+      shutil.rmtree(old, ignore_errors=True)
+  return tempfile.mkdtemp(prefix=f'{_PREFIX}{os.getpid()}-')
+
+
+def _lives(process):
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:
+    pass  # it is another user's
+  return True
+
+
+def _stop(*_):
+  raise KeyboardInterrupt
+
+
 def _run(args):
-  folder = tempfile.mkdtemp(prefix='hatjax-app-')
+  for name in ('SIGTERM', 'SIGHUP'):  # nothing uploaded outlives the page
+    if hasattr(signal, name):
+      signal.signal(getattr(signal, name), _stop)
+  folder = _temporary_folder()
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   os.environ['GRADIO_TEMP_DIR'] = folder  # uploads: gone when this ends
   os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'

@@ -374,8 +374,8 @@ def _define_scores():
     'frames', False, 'Also write every frame scored, frames/<row>/<clip>/*.png'
   )
   string(
-    'out', None, 'Folder of the report (default <workdir>/eval/<split>), or a '
-    'json file to write the scores alone.',
+    'out', None, 'Folder of the report (default <workdir>/eval/<split>, or '
+    '<split>-<num_clips>), or a json file to write the scores alone.',
   )
 
 
@@ -432,11 +432,8 @@ def main(argv):
     sys.exit(f'error: {error}')
   if result:
     print(score_report.table(result))
-    rate = result['scoring']
-    print(
-      f'\nScored {rate["frames"]} frames at '
-      f'{rate["frames_per_second"]:.0f} frames/s.'
-    )
+    said = '\nScored {frames} frames at {frames_per_second:.0f} frames/s.'
+    print(said.format(**result['scoring']))
   print(f'\nEverything, clip by clip: {out}')
 
 
@@ -468,7 +465,7 @@ def _run_command(given):
       'Pass --workdir, the folder of a trained run; or --generated and --real, '
       'folders of videos.'
     )
-  out = given.out or _default_out(given.workdir, given.split)
+  out = given.out or _default_out(given.workdir, given)
   return _score_run(given, given.workdir, out), out
 
 
@@ -477,14 +474,15 @@ def _compare(given, folders, out):
   results = {}
   for name, folder in folders.items():
     print(f'\n{name}', file=sys.stderr)
-    path = _default_out(folder, given.split)
+    path = _default_out(folder, given)
     results[name] = _score_run(given, folder, path)
   print(comparison.write(results, out))
   return out
 
 
-def _default_out(folder, split):
-  return pathlib.Path(folder) / 'eval' / split
+def _default_out(folder, given):
+  clips = f'-{given.num_clips}' * bool(given.num_clips)
+  return pathlib.Path(folder) / 'eval' / f'{given.split}{clips}'
 
 
 _GROUPS = {

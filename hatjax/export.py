@@ -17,6 +17,7 @@ from jax import export as jax_export
 
 import hatjax
 from hatjax import exported, runs
+from hatjax import state as state_lib
 from hatjax.nets import layers
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -78,7 +79,10 @@ def _stage(stage, num_frames):
   facts = {
     name: getattr(method, name)
     for name in exported.FACTS if hasattr(method, name)
-  } | {'reads': list(method.reads), 'num_frames': own or num_frames}
+  } | {
+    'reads': list(method.reads), 'num_frames': own or num_frames,
+    'checkpoint': state_lib.checksum(state.params),
+  }
   kept = {'params': state.params, 'model_state': state.model_state}
   leaves, tree = jax.tree.flatten_with_path(kept)
   arrays = {

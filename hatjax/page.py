@@ -269,6 +269,7 @@ def build(lives, folder):
           label='Photo', type='filepath', sources=['upload', 'webcam'],
           height=260, elem_id='photo', buttons=[],
         )
+        _take_any_file(photo)
         gr.Examples(
           write_examples(folder), photo, label='Faces that nobody has',
           preload=False,
@@ -336,6 +337,14 @@ def _making(gr, page, crops, label, alpha):
   button.click(
     make, [crops, label, alpha, frames, sweep, refine, both_ways], outputs,
     concurrency_limit=1, concurrency_id='make',
+  )
+
+
+def _take_any_file(photo):
+  """`Page.see` says kindly what is no picture; Gradio would end in an error."""
+  read = photo.preprocess
+  photo.preprocess = lambda given: (
+    given.path if given and given.path else read(given)
   )
 
 

@@ -76,7 +76,10 @@ def sign(run, mark='auto'):
   stages = getattr(run, 'video_stages', getattr(run, 'stages', ()))
   comment = describe(
     [stage.name for stage in stages],
-    [state.checksum(stage.state.frozen().params) for stage in stages],
+    [  # an exported file names that of its run
+      getattr(getattr(stage, 'method', None), 'facts', {}).get('checkpoint')
+      or state.checksum(stage.state.frozen().params) for stage in stages
+    ],
   )
   return Signature(comment, mark != 'none')
 

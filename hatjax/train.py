@@ -377,7 +377,7 @@ def _train_stage(stage, root):
 def _progress_bar(stage, step):
   return tqdm.tqdm(
     total=stage.settings['num_steps'], initial=step, unit='step',
-    desc=stage.run.folder.name, dynamic_ncols=True, file=sys.stdout,
+    desc=stage.run.folder.name, dynamic_ncols=True, file=sys.stderr,
     disable=jax.process_index() > 0,
   )
 

@@ -4,6 +4,9 @@ import contextlib
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -257,6 +260,10 @@ def test_a_wrong_file_gives_a_note(browser, address, tmp_path):
   tab.get_by_text('Drop a photo first').wait_for()
   tab.set_input_files('#photo input[type=file]', path)
   tab.get_by_text('No face found.').wait_for()
+  (tmp_path / 'words.jpg').write_text('not a picture')
+  tab.reload()
+  tab.set_input_files('#photo input[type=file]', tmp_path / 'words.jpg')
+  tab.get_by_text('is a text file, not a picture').wait_for()
   assert tab.locator('#moved img').count() == 0
   assert tab.locator('.hj-video video').count() == 0
   tab.close()
@@ -276,6 +283,35 @@ def test_uploads_and_results_are_deleted(tmp_path):
   left = [name for name in names if (tmp_path / name).exists()]
   assert left == ['b/new.gif']
   assert drawn.exists() and (tmp_path / 'a' / 'copied.png').exists()
+
+
+def test_folders_of_dead_pages_are_deleted(tmp_path, monkeypatch):
+  monkeypatch.setattr(app.tempfile, 'tempdir', str(tmp_path))
+  dead = subprocess.Popen([sys.executable, '-c', ''])
+  dead.wait()
+  for owner in (dead.pid, os.getpid()):
+    (tmp_path / f'hatjax-app-{owner}-x').mkdir()
+    (tmp_path / f'hatjax-app-{owner}-x' / 'photo.png').write_text('')
+  mine = pathlib.Path(app._temporary_folder())
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left == {f'hatjax-app-{os.getpid()}-x', mine.name}
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGINT'])
+def test_nothing_outlives_the_page(name, tmp_path):
+  # Stopped while it loads, which takes a second at the least.
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'hatjax.app', '--workdir', str(tmp_path / 'none')],
+    env={**os.environ, 'TMPDIR': str(tmp_path)}, cwd=pathlib.Path(
+      app.__file__
+    ).parents[1], stderr=subprocess.PIPE,
+  )
+  while not (found := list(tmp_path.glob('hatjax-app-*'))):
+    assert process.poll() is None
+    time.sleep(0.1)
+  process.send_signal(getattr(signal, name))
+  process.communicate(timeout=60)
+  assert process.returncode in (0, 1) and not found[0].exists()
 
 
 def test_it_listens_to_this_machine_alone(address):

@@ -346,6 +346,9 @@ def test_arguments_of_the_configs():
     assert get(name).stages == STAGES[:1] and 'init_from' not in get(name)
     assert get(name, 'hat_cgan_diff').stages == STAGES
     assert get(name, 'hat_cgan,video_diffusion,tiny').stages == STAGES
+  paired = get('ck_plus', 'hat_cgan_diff,paired').video_diffusion.model
+  assert (paired.mode, paired.strength) == ('paired', 0.03)
+  assert get('ck_plus', 'video_diffusion').video_diffusion.model.mode == 'noise'
   config = get('mug', 'paper_1x1,64')
   assert config.hat_cgan.model.head == 'direct'
   assert config.video_diffusion.model.dim_mults == (1, 2, 4, 8, 8, 8, 8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hatjax
-from hatjax import convert, driving, exported, video
+from hatjax import convert, driving, exported, provenance, video
 from tests.conftest import ROOT, write_run
 
 # What the config is asked for -> the most that a grey level may differ by.
@@ -43,6 +43,8 @@ def test_one_file_gives_the_same_videos(pair):
   assert (model.labels, model.image_size, model.crop, model.step) == (
     run.labels, run.image_size, run.crop, run.step
   )
+  signed = [provenance.sign(x).comment for x in (run, model)]
+  assert signed[0] == signed[1]
   images = pictures(run)
   if 'driving' in run.stages[0].method.reads:
     clips = [

@@ -71,23 +71,28 @@ def finish(process):
   return out
 
 
+def kill(process):
+  """Whether it was alive; an error of its own is a failure here."""
+  process.kill()
+  out, _ = process.communicate()
+  assert process.returncode in (0, -signal.SIGKILL), out
+  return process.returncode != 0
+
+
 def kill_in_a_write(process, folder, rng):
-  """Kills while a checkpoint is half there; whether that came."""
+  """Kills while a checkpoint is half there; (whether alive, whether half)."""
   writing = lambda: any(folder.glob('*/checkpoints/*tmp*'))
   while process.poll() is None and not writing():
     time.sleep(0.001)
   time.sleep(rng.uniform(0, 0.02))
   half = writing()
-  process.kill()
-  process.communicate()
-  return half
+  return kill(process), half
 
 
 def kill_after(process, seconds):
   with contextlib.suppress(subprocess.TimeoutExpired):
     process.wait(seconds)
-  process.kill()
-  process.communicate()
+  return kill(process)
 
 
 def assert_equal_runs(whole, broken, stages, num_steps):
@@ -130,12 +135,13 @@ def survive(argument, mode, kills, num_steps, toy_records, folder):
   while done < kills:
     begin, process = time.time(), start(config, broken, toy_records)
     if done % 2 == 0:
-      halves += kill_in_a_write(process, broken, rng)
+      alive, half = kill_in_a_write(process, broken, rng)
+      halves += half
     else:
-      kill_after(process, rng.uniform(0.2, 1.0) * length)
-    done += process.returncode == -signal.SIGKILL
-    if process.returncode == 0:
-      length = min(length, time.time() - begin)  # or no kill might ever hit
+      alive = kill_after(process, rng.uniform(0.2, 1.0) * length)
+    done += alive
+    if not alive:
+      length = time.time() - begin  # machines get slower and faster
       compare(broken)
       shutil.rmtree(broken)
       ended += 1

@@ -114,7 +114,7 @@ def _model(preset, image_size):
 def shrink(stage):
   """Makes our recipe one for minutes on a CPU, eleven times as fast."""
   model = stage.model
-  if model.prediction != 'v':
+  if model.prediction != 'v' or model.image_size > 64 or model.dim < 32:
     return
   # Many faces a step: frames of one clip have much the same errors.
   stage.data.update(batch_size=5, num_frames=5)
