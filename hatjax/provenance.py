@@ -77,7 +77,7 @@ def sign(run, mark='auto'):
   comment = describe(
     [stage.name for stage in stages],
     [  # an exported file names that of its run
-      getattr(getattr(stage, 'method', None), 'facts', {}).get('checkpoint')
+      getattr(stage.method, 'facts', {}).get('checkpoint')
       or state.checksum(stage.state.frozen().params) for stage in stages
     ],
   )

@@ -128,8 +128,10 @@ def test_any_shape_can_be_marked_and_scored(shape):
 def signed(watermark='auto'):
   """The signature of a run of two stages without weights."""
   tree = state.create({'generator': {'w': np.ones(3, np.float32)}}, {})
-  stage = types.SimpleNamespace(name='hat_cgan', state=tree)
-  other = types.SimpleNamespace(name='video_diffusion', state=tree)
+  stage = types.SimpleNamespace(name='hat_cgan', method=None, state=tree)
+  other = types.SimpleNamespace(
+    name='video_diffusion', method=None, state=tree
+  )
   run = types.SimpleNamespace(stages=(stage, other))
   return provenance.sign(run, watermark), state.checksum(tree.params)
 
