@@ -294,7 +294,8 @@ def build(lives, folder):
           _driving(gr, page, crops)
     quick = dict(show_progress='hidden', concurrency_limit=4)
     inputs, outputs = [photo, cropped, label, alpha], [crops, box, moved]
-    photo.change(page.see, inputs, outputs, **quick)
+    seen = photo.change(page.see, inputs, outputs, **quick)
+    seen.then(None, js=_show('#moved:has(img)'))
     cropped.input(page.see, inputs, outputs, **quick)
     for touched in (label.input, alpha.input):
       touched(
@@ -302,6 +303,14 @@ def build(lives, folder):
         trigger_mode='always_last', show_progress='hidden',
       )
   return blocks
+
+
+def _show(place):
+  """JavaScript that scrolls to what has changed, where it is out of sight."""
+  return (
+    f"() => document.querySelector('{place}')?.scrollIntoView("
+    "{block: innerWidth < 700 ? 'start' : 'nearest'})"
+  )
 
 
 def _first(labels):
@@ -320,7 +329,7 @@ def _making(gr, page, crops, label, alpha):
       label='How the expression grows',
     )
     refine = gr.Slider(
-      0, 1, _strength(page.moved), step=0.05,
+      0, 1, _strength(page.moved), step=0.01,
       label='Refinement by the second stage',
       visible=any(run.refines for run in page.moved),
     )
@@ -337,7 +346,7 @@ def _making(gr, page, crops, label, alpha):
   button.click(
     make, [crops, label, alpha, frames, sweep, refine, both_ways], outputs,
     concurrency_limit=1, concurrency_id='make',
-  )
+  ).then(None, js=_show('.hj-video'))
 
 
 def _take_any_file(photo):
@@ -366,8 +375,9 @@ def _driving(gr, page, crops):
   def drive(crops, clip, progress=gr.Progress()):  # noqa: B008
     yield from page.drive(crops, clip, progress)
 
-  button.click(drive, [crops, clip], outputs, concurrency_limit=1,
-               concurrency_id='make')
+  button.click(
+    drive, [crops, clip], outputs, concurrency_limit=1, concurrency_id='make',
+  ).then(None, js=_show('.hj-video'))
 
 
 def _outputs(gr, runs):
