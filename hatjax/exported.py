@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from typing import Any
 
@@ -153,6 +154,12 @@ def load(path):
   for name, digest in manifest['sha256'].items():
     if hashlib.sha256(members[name]).hexdigest() != digest:
       raise ValueError(f'{path} is damaged: {name} has another checksum.')
+  for entry in manifest['stages']:  # it goes into the videos' metadata
+    if not re.fullmatch('([0-9a-f]{64})?', str(entry.get('checkpoint', ''))):
+      raise ValueError(
+        f'{path} is damaged: a checkpoint in its manifest is no SHA-256. '
+        'Export it again.'
+      )
   parallel.enable_compilation_cache()
   return _run(manifest, members)
 

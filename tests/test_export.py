@@ -103,6 +103,12 @@ def test_damage_is_noticed(model, tmp_path):
   for wrong in ('b.hatjax', 'nowhere.hatjax'):
     with pytest.raises(ValueError, match='not an exported model.*convert'):
       hatjax.load(tmp_path / wrong)
+  manifest = json.loads(members['manifest.json'])
+  manifest['stages'][0]['checkpoint'] = 'f; method of somebody else'
+  forged = {**members, 'manifest.json': json.dumps(manifest).encode()}
+  exported.write(tmp_path / 'd.hatjax', forged)
+  with pytest.raises(ValueError, match='checkpoint in its manifest is no SHA'):
+    hatjax.load(tmp_path / 'd.hatjax')
   manifest = json.loads(members['manifest.json']) | {'format': 99}
   members['manifest.json'] = json.dumps(manifest).encode()
   exported.write(tmp_path / 'c.hatjax', members)
