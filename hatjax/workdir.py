@@ -58,6 +58,11 @@ def read_config(workdir):
     if names and all(re.fullmatch(r'\w+', name) for name in names):
       return config
     raise TypeError('it names no stages, or wrong ones')
+  except NotADirectoryError:
+    raise ValueError(
+      f'{workdir} is a file, neither the folder of a run nor an exported '
+      'model, whose name ends in .hatjax. Pass one of those.'
+    ) from None
   except FileNotFoundError:
     raise ValueError(
       f'{workdir} is not a run: it has no config.json. Train one: python -m '

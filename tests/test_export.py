@@ -103,6 +103,9 @@ def test_damage_is_noticed(model, tmp_path):
   for wrong in ('b.hatjax', 'nowhere.hatjax'):
     with pytest.raises(ValueError, match='not an exported model.*convert'):
       hatjax.load(tmp_path / wrong)
+  (tmp_path / 'me.jpg').write_bytes(data[:10])
+  with pytest.raises(ValueError, match='me.jpg is a file, neither.*.hatjax'):
+    hatjax.load(tmp_path / 'me.jpg')
   manifest = json.loads(members['manifest.json'])
   manifest['stages'][0]['checkpoint'] = 'f; method of somebody else'
   forged = {**members, 'manifest.json': json.dumps(manifest).encode()}
