@@ -457,7 +457,7 @@ def main():
     if len(argv) > 1:
       raise app.UsageError(f'Unexpected argument: {argv[1]}')
     logging.set_verbosity(logging.WARNING)
-    parallel.enable_compilation_cache()
+    parallel.start_process()
     try:
       _run(config.value.to_dict())
     except (ValueError, OSError) as error:

@@ -160,7 +160,7 @@ def load(path):
         f'{path} is damaged: a checkpoint in its manifest is no SHA-256. '
         'Export it again.'
       )
-  parallel.enable_compilation_cache()
+  parallel.start_process()
   return _run(manifest, members)
 
 

@@ -1,9 +1,11 @@
 """One step function -> jit over a mesh, or pmap. The only file that knows
 devices."""
 
+import ctypes
 import dataclasses
 import os
 import pathlib
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +16,21 @@ from hatjax import guard
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
-# What 'auto' means. On CPU: matrix products through YNNPACK.
-COMPILER_OPTIONS = {
-  'cpu': {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT'},
-}
+# What 'auto' means. On CPU: matrix products through YNNPACK, each by itself.
+# What it fuses with a product it also writes out, such as broadcasts.
+COMPILER_OPTIONS = {'cpu': {
+  'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT',
+}}
 # No atomics, and no kernel chosen by the stop watch. Others need nothing.
 DETERMINISTIC_OPTIONS = {'gpu': {'xla_gpu_deterministic_ops': True}}
 # For profiles: XLA:CPU's usual order of work keeps more alive.
 FRUGAL_OPTIONS = {
   'cpu': {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'},
+}
+# Names and numbers of malloc.h. Only the first arena grows without mmap.
+_MALLOC_OPTIONS = {
+  'M_ARENA_MAX': (-8, 1), 'M_MMAP_MAX': (-4, 0),
+  'M_TRIM_THRESHOLD': (-1, -1),  # never
 }
 # For programs that run once: compiling takes longer than running.
 QUICK_COMPILE = {
@@ -31,17 +39,35 @@ QUICK_COMPILE = {
 }
 
 
-def enable_compilation_cache():
-  """Keeps compiled programs in the user's cache folder between runs.
+def start_process():
+  """What every command does before it uses a device.
 
-  JAX_COMPILATION_CACHE_DIR chooses another folder, or none if empty.
+  Keeps compiled programs in the user's cache folder between runs;
+  JAX_COMPILATION_CACHE_DIR chooses another folder, or none if empty. And keeps
+  memory between steps.
   """
+  _keep_memory()
   folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
   if folder is None:
     root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     folder = str(pathlib.Path(root) / 'hatjax' / 'xla')
   jax.config.update('jax_compilation_cache_dir', folder or None)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def _keep_memory():
+  """Asks glibc to keep freed memory rather than hand it back.
+
+  XLA:CPU allocates a step's intermediates anew every time. glibc maps such
+  large blocks freshly, and the kernel clears them page by page: up to a
+  quarter of a step. Settings of the user's own (MALLOC_...) are respected.
+  """
+  mine = any(name.startswith('MALLOC_') for name in os.environ)
+  if mine or platform.libc_ver()[0] != 'glibc':
+    return
+  libc = ctypes.CDLL(None)
+  for option, value in _MALLOC_OPTIONS.values():
+    libc.mallopt(option, value)
 
 
 def join_processes():
@@ -75,14 +101,14 @@ def compiler_options(config, show=print):
   Raises:
     ValueError: the setting cannot be read, or a value is wrong.
   """
-  platform, options = jax.default_backend(), {}
+  backend, options = jax.default_backend(), {}
   words = config.get('compiler_options', 'auto')
   if isinstance(words, str):
     words = [word.strip() for word in words.split(',') if word.strip()]
     words = dict(word.partition('=')[::2] for word in words)
   for name, value in words.items():
     if name == 'auto':
-      options |= COMPILER_OPTIONS.get(platform, {})
+      options |= COMPILER_OPTIONS.get(backend, {})
     elif value == '':
       raise ValueError(
         f"config.compiler_options: {name!r} has no value. Write 'auto', or "
@@ -92,11 +118,11 @@ def compiler_options(config, show=print):
       booleans = {'true': True, 'false': False}
       options[name] = booleans.get(str(value).lower(), value)
   if config.get('profile'):
-    options |= FRUGAL_OPTIONS.get(platform, {})
+    options |= FRUGAL_OPTIONS.get(backend, {})
   if config.get('deterministic'):
-    needed = DETERMINISTIC_OPTIONS.get(platform, {})
+    needed = DETERMINISTIC_OPTIONS.get(backend, {})
     if not needed:
-      show(f'deterministic: nothing to add on a {platform}, which repeats.')
+      show(f'deterministic: nothing to add on a {backend}, which repeats.')
     options |= needed
   options = {k: v for k, v in options.items() if _is_known(k, v, show)}
   shown = ', '.join(f'{k}={v}' for k, v in options.items())

@@ -169,7 +169,7 @@ def load(folder, step=None):
   """
   from hatjax import methods
 
-  parallel.enable_compilation_cache()
+  parallel.start_process()
   config = workdir.read_config(folder)
   *first, last = config['stages']
   stages = load_earlier(config)

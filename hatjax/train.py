@@ -410,7 +410,7 @@ def main(argv):
     raise app.UsageError(f'Unexpected argument: {argv[1]}')
   # Orbax tells of every file, and of errors that are raised here as well.
   logging.set_verbosity(logging.FATAL)
-  parallel.enable_compilation_cache()
+  parallel.start_process()
   if _DISTRIBUTED.value:
     parallel.join_processes()
   try:

@@ -12,6 +12,7 @@ import pytest
 from configs.methods import video_diffusion as diffusion_config
 from hatjax import diffusion, methods
 from hatjax import state as state_lib
+from hatjax.nets import attention, layers
 from hatjax.nets import video_diffusion as nets
 
 LABELS = 3
@@ -320,16 +321,16 @@ def test_turned_products_depend_on_distances_only():
   frames = np.arange(5)
 
   def scores(shift):
-    turn = lambda x: nets.rotate(x, frames + shift)
+    turn = lambda x: attention.rotate(x, frames + shift)
     return jnp.einsum('htd,hsd->hts', turn(q), turn(k))
 
   np.testing.assert_allclose(scores(0), scores(17), atol=2e-5)
   assert np.abs(scores(0) - jnp.einsum('htd,hsd->hts', q, k)).max() > 0.1
-  np.testing.assert_array_equal(nets.rotate(q, frames)[:, 0], q[:, 0])
+  np.testing.assert_array_equal(attention.rotate(q, frames)[:, 0], q[:, 0])
 
 
 def test_distance_buckets_by_hand():
-  bucket = nets.bucket_distances(40)
+  bucket = attention.bucket_distances(40)
   # query - key: exact below 8, then 8 + floor(8 ln(d / 8) / ln 4), at most 15;
   # 16 more where the key is later.
   expected = {
@@ -345,8 +346,52 @@ def test_linear_attention_by_hand():
   softmax = lambda x, axis: np.exp(x) / np.exp(x).sum(axis, keepdims=True)
   weights = softmax(q[0], 1) @ softmax(k[0], 0).T / math.sqrt(2)
   np.testing.assert_allclose(
-    nets.attend_linearly(q, k, v)[0], weights @ v[0], rtol=1e-5
+    attention.attend_linearly(q, k, v)[0], weights @ v[0], rtol=1e-5
   )
+
+
+def test_values_that_are_never_made_change_nothing():
+  x, q, k, v = normal(0, 2, 9, 4), *(normal(i, 4, 3, 2) for i in (1, 2, 3))
+  args = x, q, k, v, normal(4, 3, 2, 4)
+  linear = attention.heads_first(attention.attend_linearly)
+  np.testing.assert_allclose(
+    attention.attend_linearly_to_many(*args), linear(*args), atol=1e-5
+  )
+
+
+def test_attention_over_time_is_the_same_for_cpus_and_others():
+  x, bias = normal(0, 2, 5, 2, 2, 8), normal(1, 3, 5, 5)
+  isolate = np.array([True, False])
+  net = attention.TemporalAttention(3, 4)
+  shapes = jax.eval_shape(net.init, jax.random.key(0), x, bias)
+
+  def run(lowering):
+    def loss(*args):
+      y = net.apply(*args, isolate)
+      return jnp.sin(3 * y).sum(), y
+    with layers.lowering(lowering):
+      pull = jax.jit(jax.value_and_grad(loss, (0, 1, 2), True))
+      return pull(lively(shapes), x, bias)
+
+  plain, rewritten = run('plain'), run('rewritten')
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rewritten)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('isolate', (None, np.array([True, False])))
+def test_the_gradient_of_a_group_norm_is_autodiffs(isolate):
+  x, weights = 3 + 2 * normal(0, 2, 3, 2, 2, 4, 3), normal(1, 2, 3, 2, 2, 4, 3)
+  pull = lambda f: jax.jit(jax.grad(
+    lambda x: (weights * f(x, isolate)).sum()
+  ))(x)
+  formula = lambda *args: nets._standardize(*args)[0]
+  np.testing.assert_allclose(
+    pull(nets.standardize), pull(formula), rtol=1e-4, atol=1e-5
+  )
+  if isolate is not None:  # Frames of the first sample each by themselves.
+    y = np.asarray(nets.standardize(x, isolate))
+    np.testing.assert_allclose(y[0].mean((1, 2, 4)), 0, atol=1e-5)
+    np.testing.assert_allclose(y[0].var((1, 2, 4)), 1, rtol=1e-3)
 
 
 def test_attention_in_pieces_equals_attention_at_once():
@@ -356,17 +401,17 @@ def test_attention_in_pieces_equals_attention_at_once():
   def pull(piece, params, x, bias):
     """Outputs, and gradients of them, summed with fixed weights."""
     def loss(params, x, bias):
-      y = nets.SpatialAttention(2, 4, piece=piece).apply(params[0], x)
-      z = nets.TemporalAttention(2, 4, piece=piece).apply(
+      y = attention.SpatialAttention(2, 4, piece=piece).apply(params[0], x)
+      z = attention.TemporalAttention(2, 4, piece=piece).apply(
         params[1], x, bias, isolate
       )
       return (weights * (y + z)).sum(), (y, z)
     return jax.value_and_grad(loss, (0, 1, 2), True)(params, x, bias)
 
   params = (
-    jax.eval_shape(nets.SpatialAttention(2, 4).init, jax.random.key(0), x),
+    jax.eval_shape(attention.SpatialAttention(2, 4).init, jax.random.key(0), x),
     jax.eval_shape(
-      nets.TemporalAttention(2, 4).init, jax.random.key(0), x, bias
+      attention.TemporalAttention(2, 4).init, jax.random.key(0), x, bias
     ),
   )
   args = lively(params), x, bias

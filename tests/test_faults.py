@@ -32,7 +32,7 @@ METHODS = (
 WORKER = """
 import json, sys
 from hatjax import parallel, train
-parallel.enable_compilation_cache()
+parallel.start_process()
 config, folder, data_dir = sys.argv[1:]
 train.train(json.load(open(config)), folder, data_dir)
 """

@@ -27,7 +27,7 @@ def same_conv(x, kernel):
 
 @pytest.mark.parametrize('nd, form', [
   (1, 'taps'), (2, 'taps'), (3, 'taps'), (2, 'cells'), (3, 'cells'),
-  (2, 'filter'),
+  (2, 'filter'), (2, 'large'),
 ])
 @pytest.mark.parametrize('kernel', [3, 4])
 @pytest.mark.parametrize(
@@ -41,6 +41,8 @@ def test_rewritten_convolution_equals_plain(op, kernel, nd, form, monkeypatch):
     monkeypatch.setattr(layers, 'SMALL', 2)
   if form == 'filter':
     monkeypatch.setattr(layers, '_filter_pays', lambda *_: True)
+  if form == 'large':
+    monkeypatch.setattr(layers, '_is_large', lambda *_: True)
 
   def run(name):
     def step(x, w):
@@ -52,8 +54,11 @@ def test_rewritten_convolution_equals_plain(op, kernel, nd, form, monkeypatch):
       return text, *jax.jit(step)(x, w)
 
   (_, *plain), (text, *others) = run('plain'), run('rewritten')
-  direct = form == 'cells' or (op is same_conv and form != 'filter')
-  assert ('stablehlo.convolution' in text) == direct
+  products = {
+    'taps': op is not same_conv, 'cells': False, 'filter': True,
+    'large': op is same_conv and kernel == 3,
+  }
+  assert ('stablehlo.convolution' in text) != products[form]
   for one, other in zip(plain, others):
     assert one.shape == other.shape
     # A gradient of the kernel sums thousands of terms.

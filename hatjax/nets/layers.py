@@ -45,7 +45,8 @@ def lowering(name):
     _lowering[0] = before
 
 
-def _rewrite():
+def rewrites():
+  """Whether what is traced now takes the forms that a CPU likes."""
   if _lowering[0] == 'auto':
     return jax.default_backend() == 'cpu'
   return _lowering[0] == 'rewritten'
@@ -83,7 +84,7 @@ def downsample_conv(x, kernel):
   """
   nd = kernel.ndim - 2
   pads = [((kernel.shape[0] - 1) // 2,) * 2] * nd
-  if not _rewrite():
+  if not rewrites():
     return _convolve(x, kernel, (2,) * nd, pads)
   kernel = _pad_kernel_to_even(kernel)
   channels, features = kernel.shape[-2:]
@@ -131,7 +132,7 @@ def upsample_conv(x, kernel):
   """
   nd = kernel.ndim - 2
   kernel = _pad_kernel_to_even(kernel)
-  if not _rewrite():
+  if not rewrites():
     flipped = jnp.flip(kernel, range(nd))
     return _convolve(
       x, flipped, (1,) * nd, [(2, 2)] * nd, lhs_dilation=(2,) * nd
@@ -197,37 +198,37 @@ def nearest_conv(x, kernel):
 
 
 def _adjoints(forward, backward):
-  """Two linear maps, each of which is the gradient of the other.
-
-  What autodiff makes of slices, a sum of padded pieces, is slow on XLA:CPU.
-  """
+  """Two linear maps, each the gradient of the other: what autodiff makes of
+  slices, a sum of padded pieces, is slow on XLA:CPU."""
   there, back = jax.custom_vjp(forward), jax.custom_vjp(backward)
   there.defvjp(lambda x: (forward(x), None), lambda _, g: (back(g),))
   back.defvjp(lambda x: (backward(x), None), lambda _, g: (there(g),))
   return there, back
 
 
-def _taps(nd):
-  """What each of 4x..x4 taps sees, side by side, and the way back.
+def _taps(nd, k=4, stride=2):
+  """What each of k x..x k taps sees, side by side, and the way back; padding 1.
 
   Returns:
-    Two functions: [N, *spatial, C] -> [N, *spatial / 2, 4**nd * C], and its
-    adjoint, which adds up what falls on the same pixel.
+    Two functions: [N, *spatial, C] -> [N, *spatial / stride, k**nd * C], and
+    its adjoint, which adds up what falls on the same pixel.
   """
 
   def see(x):
-    x = jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
+    sides, x = x.shape[1:-1], jnp.pad(x, [(0, 0), *[(1, 1)] * nd, (0, 0)])
     return jnp.concatenate([
-      x[(slice(None), *(slice(t, t + n - 3, 2) for t, n in zip(tap, sides)))]
-      for sides in [x.shape[1:-1]] for tap in itertools.product(
-        range(4), repeat=nd
-      )
+      x[(slice(None), *(slice(t, t + n - stride + 1, stride)
+                        for t, n in zip(tap, sides)))]
+      for tap in itertools.product(range(k), repeat=nd)
     ], -1)
 
   def add(y):
-    y = y.reshape(*y.shape[:-1], *(4,) * nd, -1)
+    y = y.reshape(*y.shape[:-1], *(k,) * nd, -1)
     for axis in range(1, 1 + nd):
       first, *middle, last = jnp.unstack(y, axis=1 + nd)
+      if stride == 1:
+        y = _shift(first, axis, -1) + middle[0] + _shift(last, axis, 1)
+        continue
       even = middle[0] + _shift(last, axis, 1)
       odd = middle[1] + _shift(first, axis, -1)
       y = jnp.stack([even, odd], axis + 1)
@@ -272,20 +273,31 @@ def correlate(x, kernel, pad=0):
   """
   nd = kernel.ndim - 2
   square = nd == 2 and kernel.shape[0] == kernel.shape[1]
-  if _rewrite() and square and len(kernel) in TILES:
-    if _filter_pays(x, *kernel.shape[2:]):
+  if rewrites() and square:
+    if len(kernel) == 3 and pad == 1 and _is_large(kernel, x):
+      return _taps(nd, 3, 1)[0](x) @ kernel.reshape(-1, kernel.shape[-1])
+    if len(kernel) in TILES and _filter_pays(x, *kernel.shape[2:]):
       x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
       return _winograd(x, kernel)
   return _convolve(x, kernel, (1,) * nd, [(pad, pad)] * nd)
+
+
+def _count(x):
+  """Pixels in all; one picture where, in an exported program, none is said."""
+  number = x.shape[0] if isinstance(x.shape[0], int) else 1
+  return number * math.prod(x.shape[1:-1])
+
+
+def _is_large(kernel, x):
+  """More channels than pixels: turning it over costs more than its products."""
+  return min(kernel.shape[-2:]) >= max(64, _count(x))
 
 
 def _filter_pays(x, *channels):
   """Measured: fewer pixels do not pay for transforming the kernel, fewer
   channels not for transforming the picture."""
   wide = x.ndim == 4 and x.dtype == jnp.float32 and min(channels) >= 64
-  # Of an exported program the number of pictures is not known: one at least.
-  number = x.shape[0] if isinstance(x.shape[0], int) else 1
-  return wide and number * math.prod(x.shape[1:3]) >= 1000
+  return wide and _count(x) >= 1000
 
 
 @functools.cache

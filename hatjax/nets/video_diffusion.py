@@ -8,7 +8,6 @@ anywhere (stills among the videos of a batch); None marks none.
 """
 
 import math
-from collections.abc import Callable
 
 import einops
 import flax.linen as nn
@@ -16,24 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax.nets import layers
+from hatjax.nets import attention, layers
+from hatjax.nets.attention import SpatialAttention, TemporalAttention
 
 NORMS = ('group', 'rms')
 CONVS = ('space', 'space_time')
 GROUPS = 8
-BUCKETS, MAX_DISTANCE = 32, 32
-PIECE = 8192  # tokens that attend at a time where memory is to be saved
-
-# Uniform, variance 1 / (3 fan_in): how the released code's layers start.
-kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
-def _dense(features, dtype, bias=True, init=kernel_init):
+def _dense(features, dtype, bias=True, init=attention.kernel_init):
   return nn.Dense(features, bias, dtype, kernel_init=init)
-
-
-def _per_sample(flags, ndim):
-  return flags.reshape(-1, *(1,) * (ndim - 1))
 
 
 def embed_time(t, features):
@@ -65,12 +56,12 @@ class Conv(nn.Module):
       before = jnp.concatenate([zero, x[:, :-1]], 1)
       after = jnp.concatenate([x[:, 1:], zero], 1)
       if isolate is not None:
-        alone = _per_sample(isolate, x.ndim)
+        alone = attention.per_sample(isolate, x.ndim)
         before, after = (jnp.where(alone, 0, y) for y in (before, after))
       x = jnp.concatenate([before, x, after], -1)
     x = layers.Conv(
       self.features, self.kernel, self.stride, self.kernel // 2,
-      kernel_init=kernel_init, dtype=self.dtype,
+      kernel_init=attention.kernel_init, dtype=self.dtype,
     )(einops.rearrange(x, 'b t h w c -> (b t) h w c'))
     return einops.rearrange(x, '(b t) h w c -> b t h w c', b=b)
 
@@ -93,19 +84,45 @@ class Norm(nn.Module):
       square = jnp.square(x).mean(-1, keepdims=True)
       return (x * jax.lax.rsqrt(square + 1e-12) * scale).astype(dtype)
     bias = self.param('bias', nn.initializers.zeros, shape)
-
-    def mean(y):
-      """Over pixels and channels of a group, and over frames that may meet."""
-      of_frame = y.mean((2, 3, 5), keepdims=True)
-      of_clip = of_frame.mean(1, keepdims=True)
-      if isolate is None:
-        return of_clip
-      return jnp.where(_per_sample(isolate, y.ndim), of_frame, of_clip)
-
-    y = x.reshape(*x.shape[:-1], GROUPS, -1)
-    y = y - mean(y)
-    y = y * jax.lax.rsqrt(mean(jnp.square(y)) + 1e-5)
+    y = standardize(x.reshape(*x.shape[:-1], GROUPS, -1), isolate)
     return (y.reshape(x.shape) * scale + bias).astype(dtype)
+
+
+@jax.custom_vjp
+def standardize(x, isolate=None):
+  """(x - mean) / sqrt(var + 1e-5), mean and variance over a group.
+
+  Args:
+    x: float32 [B, T, H, W, groups, C]; a group has all but the first axis and
+      that of the groups, in isolated samples without the frames.
+    isolate: bool [B] or None.
+  """
+  return _standardize(x, isolate)[0]
+
+
+def _group_mean(x, isolate):
+  of_frame = x.mean((2, 3, 5), keepdims=True)
+  of_clip = of_frame.mean(1, keepdims=True)
+  if isolate is None:
+    return of_clip
+  return jnp.where(attention.per_sample(isolate, x.ndim), of_frame, of_clip)
+
+
+def _standardize(x, isolate):
+  mean = _group_mean(x, isolate)
+  rate = jax.lax.rsqrt(_group_mean(jnp.square(x - mean), isolate) + 1e-5)
+  return (x - mean) * rate, (x, mean, rate, isolate)
+
+
+def _standardize_backward(saved, g):
+  """Both means from one look at x and g; autodiff takes them in turn."""
+  x, mean, rate, isolate = saved
+  y = (x - mean) * rate
+  change = _group_mean(g, isolate) + y * _group_mean(g * y, isolate)
+  return rate * (g - change), None
+
+
+standardize.defvjp(_standardize, _standardize_backward)
 
 
 class ResBlock(nn.Module):
@@ -133,208 +150,6 @@ class ResBlock(nn.Module):
     return h + x
 
 
-def _softmax(x, dtype, axis=-1):
-  """Computed in float32, returned as `dtype`."""
-  return jax.nn.softmax(x.astype(jnp.float32), axis).astype(dtype)
-
-
-def _scores(equation, q, k):
-  """Products of queries and keys, summed in float32."""
-  return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
-
-
-class Heads(nn.Module):
-  """Runs an attention between its projections.
-
-  Queries, keys and values come out heads first, each from its own product: on
-  a CPU 1.5 times as fast as one product that is split and transposed.
-
-  Attributes:
-    attend: q, k, v [heads, *, tokens, head_dim] -> the same shape.
-    bias: of the output.
-    piece: tokens at a time, one piece after another, each computed again in
-      the backward pass; 0 for all at once.
-  """
-
-  heads: int
-  head_dim: int
-  attend: Callable
-  bias: bool = False
-  dtype: jnp.dtype = jnp.float32
-  piece: int = 0
-
-  @nn.compact
-  def __call__(self, x):
-    """[*, rows, tokens, C] -> the same shape; rows do not see one another."""
-    channels, width = x.shape[-1], self.heads * self.head_dim
-    kernel = self.param('qkv', kernel_init, (channels, 3 * width))
-    out = self.param('out', kernel_init, (width, channels))
-    params = [kernel, out]
-    norm = nn.LayerNorm(1e-5, self.dtype, use_bias=False)
-    if self.bias:
-      bias = self.param('bias', nn.initializers.zeros, (channels,))
-      params.append(bias)
-    return in_pieces(self._run, self.piece)(norm(x), *params)
-
-  def _run(self, x, kernel, out, bias=None):
-    channels = x.shape[-1]
-    kernel = kernel.astype(self.dtype).reshape(channels, 3, self.heads, -1)
-    q, k, v = (
-      jnp.einsum('...nc,chd->h...nd', x, kernel[:, i]) for i in range(3)
-    )
-    y = self.attend(q, k, v)
-    out = out.astype(self.dtype).reshape(self.heads, -1, channels)
-    y = jnp.einsum('h...nd,hdc->...nc', y, out)
-    return y if bias is None else y + bias.astype(self.dtype)
-
-
-def in_pieces(function, piece):
-  """A function whose rows are computed some at a time.
-
-  Args:
-    function: (x [*, rows, tokens, C], params) -> the same shape, each row on
-      its own.
-    piece: tokens at a time; the rows must share them evenly. What lies between
-      x and the result is computed again in the backward pass. 0: all at once,
-      nothing again.
-  """
-  if not piece:
-    return function
-  function = jax.checkpoint(function)
-
-  def run(x, *params):
-    *_, rows, tokens, _ = x.shape
-    count = next(
-      n for n in range(1, rows + 1)
-      if not rows % n and (rows // n * tokens <= piece or n == rows)
-    )
-    if count == 1:
-      return function(x, *params)
-    pieces = x.reshape(*x.shape[:-3], count, rows // count, *x.shape[-2:])
-    y = jax.lax.map(
-      lambda x: function(x, *params), jnp.moveaxis(pieces, -4, 0)
-    )
-    return jnp.moveaxis(y, 0, -4).reshape(x.shape)
-
-  return run
-
-
-def attend_linearly(q, k, v):
-  """softmax_d(q) (softmax_n(k)^T v) / sqrt(D): no tokens x tokens matrix.
-
-  Shen et al. 2021; q, k, v are [..., n tokens, D].
-  """
-  context = jnp.einsum('...nd,...ne->...de', _softmax(k, v.dtype, -2), v)
-  q = _softmax(q, v.dtype) * q.shape[-1] ** -0.5
-  return jnp.einsum('...nd,...de->...ne', q, context)
-
-
-def attend_fully(q, k, v, bias=0.0, barred=None):
-  """softmax(q k^T / sqrt(D) + bias) v.
-
-  Args:
-    q: [..., n, D].
-    k: same shape.
-    v: same shape.
-    bias: float32, broadcast against the scores [..., n, n].
-    barred: bool, likewise; True where the key must not be seen.
-  """
-  scores = _scores('...nd,...md->...nm', q * q.shape[-1] ** -0.5, k) + bias
-  if barred is not None:
-    scores = jnp.where(barred, -jnp.inf, scores)
-  return jnp.einsum('...nm,...md->...nd', _softmax(scores, v.dtype), v)
-
-
-class SpatialAttention(nn.Module):
-  """x + attention over the pixels of each frame, linear or full."""
-
-  heads: int = 8
-  head_dim: int = 32
-  linear: bool = True
-  dtype: jnp.dtype = jnp.float32
-  piece: int = 0
-
-  @nn.compact
-  def __call__(self, x):
-    attend = attend_linearly if self.linear else attend_fully
-    y = einops.rearrange(x, 'b t h w c -> b t (h w) c')
-    y = Heads(
-      self.heads, self.head_dim, attend, self.linear, self.dtype, self.piece
-    )(y)
-    return x + y.reshape(x.shape)
-
-
-def rotate(x, positions, theta=10_000.0):
-  """Rotary position embedding: turns pairs (i, i + D/2) of the features.
-
-  Pair i turns by position * theta^(-2 i / D), so that products of two turned
-  vectors depend on the difference of their positions only. The released code
-  pairs neighbours: the same up to the order of the kernel's columns.
-
-  Args:
-    x: [..., T, D].
-    positions: [T].
-    theta: slowest wavelength over 2 pi.
-  """
-  rates = theta ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
-  angles = jnp.asarray(positions, jnp.float32)[:, None] * rates
-  cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-  first, second = jnp.split(x, 2, -1)
-  return jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], -1
-  )
-
-
-def bucket_distances(num_frames):
-  """T5 buckets of d = query - key for all frame pairs, NumPy int [T, T].
-
-  16 per direction (the upper 16 where the key is later): |d| < 8 exactly,
-  then logarithmically up to distance 32, beyond which all share the last.
-  """
-  frames = np.arange(num_frames)
-  d = frames[:, None] - frames
-  half, exact = BUCKETS // 2, BUCKETS // 4
-  ratio = np.log(np.maximum(np.abs(d), 1) / exact)
-  ratio /= math.log(MAX_DISTANCE / exact)
-  # The released code floors a float32 quotient; 1e-6 guards |d| = 16.
-  far = exact + np.floor(ratio * (half - exact) + 1e-6).astype(int)
-  bucket = np.where(np.abs(d) < exact, np.abs(d), np.minimum(far, half - 1))
-  return bucket + half * (d < 0)
-
-
-class TemporalAttention(nn.Module):
-  """x + attention over the frames at each pixel.
-
-  Rotary positions, plus a bias per frame pair, float32 [heads, T, T]. An
-  isolated sample's frames see themselves only.
-  """
-
-  heads: int = 8
-  head_dim: int = 32
-  dtype: jnp.dtype = jnp.float32
-  piece: int = 0
-
-  @nn.compact
-  def __call__(self, x, bias, isolate=None):
-    frames = np.arange(x.shape[1])
-    barred = None
-    if isolate is not None:
-      barred = _per_sample(isolate, 4) & (frames[:, None] != frames)
-
-    def attend(q, k, v):
-      """On [heads, B, H * W, T, D]."""
-      return attend_fully(
-        rotate(q, frames), rotate(k, frames), v, bias[:, None, None], barred
-      )
-
-    y = einops.rearrange(x, 'b t h w c -> b (h w) t c')
-    y = Heads(
-      self.heads, self.head_dim, attend, False, self.dtype, self.piece
-    )(y)
-    y = einops.rearrange(y, 'b (h w) t c -> b t h w c', h=x.shape[2])
-    return x + y
-
-
 def _keeping_inputs(module, remat):
   """The module, which in a backward pass recomputes all but its inputs.
 
@@ -360,7 +175,7 @@ class Level(nn.Module):
       _keeping_inputs(m, self.remat)
       for m in (ResBlock, SpatialAttention, TemporalAttention)
     )
-    piece = PIECE if self.remat else 0
+    piece = attention.PIECE if self.remat else 0
     for n in range(2):
       x = block(
         self.features, self.norm, self.conv, self.dtype, name=f'ResBlock_{n}'
@@ -442,9 +257,9 @@ class UNet3D(nn.Module):
 
     x = x.astype(self.dtype)
     x = Conv(self.dim, 7, dtype=self.dtype, name='conv_in')(x)
+    piece = attention.PIECE if self.remat else 0
     x = in_time(
-      self.heads, self.head_dim, self.dtype, PIECE if self.remat else 0,
-      name='attention_in',
+      self.heads, self.head_dim, self.dtype, piece, name='attention_in'
     )(x, bias, isolate)
     stem, skips = x, []
     for i, width in enumerate(widths):
@@ -487,7 +302,7 @@ class UNet3D(nn.Module):
   def _frame_bias(self, num_frames):
     """[heads, T, T], one table for all temporal attentions."""
     table = self.param(
-      'frame_bias', nn.initializers.normal(1.0), (BUCKETS, self.heads)
+      'frame_bias', nn.initializers.normal(1.0), (attention.BUCKETS, self.heads)
     )
-    bias = layers.pick_rows(table, bucket_distances(num_frames))
+    bias = layers.pick_rows(table, attention.bucket_distances(num_frames))
     return bias.transpose(2, 0, 1)

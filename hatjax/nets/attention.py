@@ -1,0 +1,297 @@
+"""Attention over the pixels of a frame and over the frames of a clip.
+
+Arrays are [B, T, H, W, C]. Every attention has its norm and its projections
+within, and adds to what it reads. Where two orders of the same products are
+equal, the quicker one is taken; tests hold them equal.
+"""
+
+import math
+from collections.abc import Callable
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hatjax.nets import layers
+
+BUCKETS, MAX_DISTANCE = 32, 32
+FEW_FRAMES = 24  # that attend without matrix products, on a CPU
+PIECE = 8192  # tokens that attend at a time where memory is to be saved
+
+# Uniform, variance 1 / (3 fan_in): how the released code's layers start.
+kernel_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def per_sample(flags, ndim):
+  """[B] -> [B, 1, ...], to be broadcast against `ndim` axes."""
+  return flags.reshape(-1, *(1,) * (ndim - 1))
+
+
+def _softmax(x, dtype, axis=-1):
+  """Computed in float32, returned as `dtype`."""
+  return jax.nn.softmax(x.astype(jnp.float32), axis).astype(dtype)
+
+
+def _scores(equation, q, k):
+  """Products of queries and keys, summed in float32."""
+  return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+
+
+class Heads(nn.Module):
+  """An attention with its norm and its projections.
+
+  Attributes:
+    attend: x [*, rows, tokens, C], the kernels of q, k and v
+      [C, heads, head_dim], that of the output [heads, head_dim, C] -> the shape
+      of x.
+    bias: of the output.
+    piece: tokens at a time, one piece after another, each computed again in
+      the backward pass; 0 for all at once.
+  """
+
+  heads: int
+  head_dim: int
+  attend: Callable
+  bias: bool = False
+  dtype: jnp.dtype = jnp.float32
+  piece: int = 0
+
+  @nn.compact
+  def __call__(self, x):
+    """[*, rows, tokens, C] -> the same shape; rows do not see one another."""
+    channels, width = x.shape[-1], self.heads * self.head_dim
+    kernel = self.param('qkv', kernel_init, (channels, 3 * width))
+    out = self.param('out', kernel_init, (width, channels))
+    params = [kernel, out]
+    norm = nn.LayerNorm(1e-5, self.dtype, use_bias=False)
+    if self.bias:
+      bias = self.param('bias', nn.initializers.zeros, (channels,))
+      params.append(bias)
+    return in_pieces(self._run, self.piece)(norm(x), *params)
+
+  def _run(self, x, kernel, out, bias=None):
+    channels = x.shape[-1]
+    kernel = kernel.astype(self.dtype).reshape(channels, 3, self.heads, -1)
+    out = out.astype(self.dtype).reshape(self.heads, -1, channels)
+    y = self.attend(x, *jnp.unstack(kernel, axis=1), out)
+    return y if bias is None else y + bias.astype(self.dtype)
+
+
+def in_pieces(function, piece):
+  """A function whose rows are computed some at a time.
+
+  Args:
+    function: (x [*, rows, tokens, C], params) -> the same shape, each row on
+      its own.
+    piece: tokens at a time; the rows must share them evenly. What lies between
+      x and the result is computed again in the backward pass. 0: all at once,
+      nothing again.
+  """
+  if not piece:
+    return function
+  function = jax.checkpoint(function)
+
+  def run(x, *params):
+    *_, rows, tokens, _ = x.shape
+    count = next(
+      n for n in range(1, rows + 1)
+      if not rows % n and (rows // n * tokens <= piece or n == rows)
+    )
+    if count == 1:
+      return function(x, *params)
+    pieces = x.reshape(*x.shape[:-3], count, rows // count, *x.shape[-2:])
+    y = jax.lax.map(
+      lambda x: function(x, *params), jnp.moveaxis(pieces, -4, 0)
+    )
+    return jnp.moveaxis(y, 0, -4).reshape(x.shape)
+
+  return run
+
+
+def heads_first(attend):
+  """Attention of q, k, v [heads, *, tokens, D] -> as `Heads.attend`.
+
+  Each of them has a product of its own: on a CPU quicker than one that is split
+  and transposed.
+  """
+
+  def run(x, q, k, v, out):
+    q, k, v = (jnp.einsum('...nc,chd->h...nd', x, w) for w in (q, k, v))
+    return jnp.einsum('h...nd,hdc->...nc', attend(q, k, v), out)
+
+  return run
+
+
+def attend_linearly(q, k, v):
+  """softmax_d(q) (softmax_n(k)^T v) / sqrt(D): no tokens x tokens matrix.
+
+  Shen et al. 2021; q, k, v are [..., n tokens, D].
+  """
+  context = jnp.einsum('...nd,...ne->...de', _softmax(k, v.dtype, -2), v)
+  q = _softmax(q, v.dtype) * q.shape[-1] ** -0.5
+  return jnp.einsum('...nd,...de->...ne', q, context)
+
+
+def attend_linearly_to_many(x, q, k, v, out):
+  """`attend_linearly` with its projections, values and heads never made.
+
+  softmax(k)^T (x V) = (softmax(k)^T x) V, and what is to the right of the
+  queries is one small matrix. Less work where tokens are more than channels,
+  and products without heads: twice as fast on a CPU. As `Heads.attend`.
+  """
+  *heads, channels = out.shape
+  project = lambda w: x @ w.reshape(channels, -1)
+  split = lambda y: y.reshape(*y.shape[:-1], *heads)
+  q = split(project(q))
+  q = _softmax(q, x.dtype).reshape(*x.shape[:-1], -1) * heads[1] ** -0.5
+  k = _softmax(project(k), x.dtype, -2)
+  context = jnp.einsum('...nk,...nc->...kc', k, x)
+  context = context.reshape(*context.shape[:-2], *heads, channels)
+  context = jnp.einsum('...hdc,che->...hde', context, v)
+  context = jnp.einsum('...hde,hec->...hdc', context, out)
+  return q @ context.reshape(*context.shape[:-3], -1, channels)
+
+
+def attend_fully(q, k, v, bias=0.0, barred=None):
+  """softmax(q k^T / sqrt(D) + bias) v.
+
+  Args:
+    q: [..., n, D].
+    k: same shape.
+    v: same shape.
+    bias: float32, broadcast against the scores [..., n, n].
+    barred: bool, likewise; True where the key must not be seen.
+  """
+  scores = _scores('...nd,...md->...nm', q * q.shape[-1] ** -0.5, k) + bias
+  if barred is not None:
+    scores = jnp.where(barred, -jnp.inf, scores)
+  return jnp.einsum('...nm,...md->...nd', _softmax(scores, v.dtype), v)
+
+
+def attend_over_time(bias, barred=None):
+  """Full attention over few frames, positions turned in; as `Heads.attend`.
+
+  On a CPU the heads come last, where they fill the lanes of a vector: products
+  as small as these take longer to call than to compute.
+
+  Args:
+    bias: [heads, T, T].
+    barred: bool, broadcast against [B, rows, T, T].
+  """
+  frames = np.arange(bias.shape[-1])
+
+  def attend(q, k, v):
+    q, k = rotate(q, frames), rotate(k, frames)
+    return attend_fully(q, k, v, bias[:, None, None], barred)
+
+  def in_lanes(x, q, k, v, out):
+    heads, size, channels = out.shape
+    project = lambda w: (
+      x.reshape(-1, channels) @ w.swapaxes(1, 2).reshape(channels, -1)
+    ).reshape(*x.shape[:-1], size, heads)
+    q = rotate(project(q), frames, axis=-2) * size**-0.5
+    k, v = rotate(project(k), frames, axis=-2), project(v)
+    k, v = k[..., None, :, :, :], v[..., None, :, :, :]
+    # [B, rows, T, T, heads]
+    scores = (q[..., None, :, :] * k).sum(-2) + bias.transpose(1, 2, 0)
+    if barred is not None:
+      scores = jnp.where(barred[..., None], -jnp.inf, scores)
+    weights = _softmax(scores, x.dtype, -2)[..., None, :]
+    y = (weights * v).sum(-3).reshape(-1, size * heads)
+    return (y @ out.swapaxes(0, 1).reshape(-1, channels)).reshape(x.shape)
+
+  def run(x, *kernels):
+    short = len(frames) <= FEW_FRAMES and x.dtype == jnp.float32
+    lanes = short and layers.rewrites()
+    return (in_lanes if lanes else heads_first(attend))(x, *kernels)
+
+  return run
+
+
+class SpatialAttention(nn.Module):
+  """x + attention over the pixels of each frame, linear or full."""
+
+  heads: int = 8
+  head_dim: int = 32
+  linear: bool = True
+  dtype: jnp.dtype = jnp.float32
+  piece: int = 0
+
+  @nn.compact
+  def __call__(self, x):
+    attend = heads_first(attend_linearly if self.linear else attend_fully)
+    if self.linear and math.prod(x.shape[2:4]) >= x.shape[-1]:
+      attend = attend_linearly_to_many
+    y = einops.rearrange(x, 'b t h w c -> b t (h w) c')
+    y = Heads(
+      self.heads, self.head_dim, attend, self.linear, self.dtype, self.piece
+    )(y)
+    return x + y.reshape(x.shape)
+
+
+def rotate(x, positions, axis=-1, theta=10_000.0):
+  """Rotary position embedding: turns pairs (i, i + D/2) of the features.
+
+  Pair i turns by position * theta^(-2 i / D), so that products of two turned
+  vectors depend on the difference of their positions only. The released code
+  pairs neighbours: the same up to the order of the kernel's columns.
+
+  Args:
+    x: [..., T, D], or [..., T, D, any] where `axis` is -2.
+    positions: [T].
+    axis: of the features, -1 or -2.
+    theta: slowest wavelength over 2 pi.
+  """
+  rates = theta ** (-np.arange(0, x.shape[axis], 2) / x.shape[axis])
+  angles = jnp.asarray(positions, jnp.float32)[:, None] * rates
+  angles = angles.reshape(*angles.shape, *(1,) * (-1 - axis))
+  cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+  first, second = jnp.split(x, 2, axis)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis
+  )
+
+
+def bucket_distances(num_frames):
+  """T5 buckets of d = query - key for all frame pairs, NumPy int [T, T].
+
+  16 per direction (the upper 16 where the key is later): |d| < 8 exactly,
+  then logarithmically up to distance 32, beyond which all share the last.
+  """
+  frames = np.arange(num_frames)
+  d = frames[:, None] - frames
+  half, exact = BUCKETS // 2, BUCKETS // 4
+  ratio = np.log(np.maximum(np.abs(d), 1) / exact)
+  ratio /= math.log(MAX_DISTANCE / exact)
+  # The released code floors a float32 quotient; 1e-6 guards |d| = 16.
+  far = exact + np.floor(ratio * (half - exact) + 1e-6).astype(int)
+  bucket = np.where(np.abs(d) < exact, np.abs(d), np.minimum(far, half - 1))
+  return bucket + half * (d < 0)
+
+
+class TemporalAttention(nn.Module):
+  """x + attention over the frames at each pixel.
+
+  Rotary positions, plus a bias per frame pair, float32 [heads, T, T]. An
+  isolated sample's frames see themselves only.
+  """
+
+  heads: int = 8
+  head_dim: int = 32
+  dtype: jnp.dtype = jnp.float32
+  piece: int = 0
+
+  @nn.compact
+  def __call__(self, x, bias, isolate=None):
+    barred = None
+    if isolate is not None:
+      barred = per_sample(isolate, 4) & ~np.eye(x.shape[1], dtype=bool)
+    y = einops.rearrange(x, 'b t h w c -> b (h w) t c')
+    y = Heads(
+      self.heads, self.head_dim, attend_over_time(bias, barred), False,
+      self.dtype, self.piece,
+    )(y)
+    y = einops.rearrange(y, 'b (h w) t c -> b t h w c', h=x.shape[2])
+    return x + y
