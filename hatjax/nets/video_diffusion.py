@@ -84,28 +84,33 @@ class Norm(nn.Module):
       square = jnp.square(x).mean(-1, keepdims=True)
       return (x * jax.lax.rsqrt(square + 1e-12) * scale).astype(dtype)
     bias = self.param('bias', nn.initializers.zeros, shape)
-    y = standardize(x.reshape(*x.shape[:-1], GROUPS, -1), isolate)
-    return (y.reshape(x.shape) * scale + bias).astype(dtype)
+    return (standardize(x, isolate) * scale + bias).astype(dtype)
 
 
 @jax.custom_vjp
 def standardize(x, isolate=None):
-  """(x - mean) / sqrt(var + 1e-5), mean and variance over a group.
+  """(x - mean) / sqrt(var + 1e-5), mean and variance over a group of channels.
 
   Args:
-    x: float32 [B, T, H, W, groups, C]; a group has all but the first axis and
-      that of the groups, in isolated samples without the frames.
-    isolate: bool [B] or None.
+    x: float32 [B, T, H, W, C], C a multiple of GROUPS.
+    isolate: bool [B] or None. A group has all frames and pixels, in isolated
+      samples those of one frame.
   """
   return _standardize(x, isolate)[0]
 
 
 def _group_mean(x, isolate):
-  of_frame = x.mean((2, 3, 5), keepdims=True)
-  of_clip = of_frame.mean(1, keepdims=True)
+  """[B, T or 1, 1, 1, C]: of each channel first, which fills vectors."""
+  mean = x.mean((2, 3), keepdims=True)
+  of_clip = mean.mean(1, keepdims=True)
   if isolate is None:
-    return of_clip
-  return jnp.where(attention.per_sample(isolate, x.ndim), of_frame, of_clip)
+    mean = of_clip
+  else:
+    alone = attention.per_sample(isolate, x.ndim)
+    mean = jnp.where(alone, mean, of_clip)
+  groups = mean.reshape(*mean.shape[:-1], GROUPS, -1)
+  groups = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
+  return groups.reshape(mean.shape)
 
 
 def _standardize(x, isolate):
