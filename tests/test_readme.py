@@ -36,7 +36,7 @@ SKIPPED = {
   r'prepare (ck_plus|mug|voxceleb)': 'raw data under licence; the builders run '
   'on trees in their layout in test_datasets, test_mug and test_voxceleb',
   r'convert fomm': 'a released file; test_foreign reads one in its layout',
-  r'torch_reference': 'PyTorch; test_benchmark compares it where it is there',
+  r'tests/torch_': 'PyTorch; test_benchmark compares it where it is there',
   r'convert weights': 'downloads; test_weights does it from a local server',
 }
 SETTINGS = {  # of every stage, where it has them
