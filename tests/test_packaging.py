@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 def test_extras_are_those_the_readme_tells_of():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   extras = project['optional-dependencies']
-  assert set(extras) == {'cuda', 'tpu', 'app', 'convert', 'test'}
+  assert set(extras) == {
+    'cuda', 'tpu', 'app', 'convert', 'test', 'reference',
+  }
   text = (ROOT / 'README.md').read_text()
   for extra in ('cuda', 'tpu', 'app', 'test'):
     assert f"'.[{extra}]'" in text
