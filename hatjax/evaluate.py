@@ -27,10 +27,10 @@ from hatjax import (
   command,
   comparison,
   data,
-  driving,
   extractors,
   face_embedding,
   metrics,
+  remake,
   runs,
   score_report,
   scores,
@@ -79,7 +79,7 @@ def evaluate(
   Raises:
     ValueError: unknown split or protocol; a run that cannot refine.
   """
-  infer = _make_infer(run)
+  infer = remake.make_infer(run)
   _check(run, protocols, strengths, infer)
   block = dict(run.config[run.config['stages'][-1]]['data'])
   batches = data.make_batches(
@@ -101,7 +101,7 @@ def evaluate(
     real = clip['video']
     subjects.add(clip['subject'])
     alpha = infer and infer(real, clip['label'])
-    made, drafts = _make_rows(
+    made, drafts = remake.make_rows(
       run, clip, labels, protocols, strengths, alpha, num_sample_steps, seed
     )
     scorer.add(clip['id'], clip['label'], real, made, drafts)
@@ -254,62 +254,6 @@ def _finish(result, settings, scorer, parts, subjects, skipped):
   return {'settings': settings, 'n': n, 'skipped': skipped, **result}
 
 
-def _make_rows(
-  run, clip, labels, protocols, strengths, alpha, num_sample_steps, seed
-):
-  """({row: video}, {row: the draft it refined}) of a clip."""
-  real = clip['video']
-  cascade = len(run.stages) > 1
-  made, drafts = scores.baselines(real), {}
-  if 'driving' in run.stages[0].method.reads:  # Every clip drives its first.
-    frames = driving.drive(run, real[0], real, motion='absolute')
-    return made | {'reenacted': np.stack(list(frames))}, {}
-
-  def make(protocol, strength):
-    return run.animate(
-      real[0], labels[clip['label']], num_frames=len(real),
-      sweep='linear' if protocol == 'linear' else 'profile',
-      alpha=alpha[None] if protocol == 'oracle' else None, seed=seed,
-      refine=strength,
-      num_sample_steps=None if strength == 0 else num_sample_steps,
-    )[0]
-
-  for protocol in protocols:
-    draft = make(protocol, 0 if cascade else None)
-    made[f'{protocol} temporal mean'] = scores.temporal_mean(draft)
-    for strength in strengths or (None,):
-      name = ' '.join(
-        [protocol, *([] if strength is None else [f'refine {strength:g}'])]
-      )
-      is_draft = strength == 0 or not cascade
-      made[name] = draft if is_draft else make(protocol, strength)
-      if cascade:
-        drafts[name] = draft
-  return made, drafts
-
-
-def _make_infer(run):
-  """(uint8 [T, S, S, 3], label) -> float [T], or None."""
-  _, method, state = run.stages[0]
-  if not hasattr(method, 'infer'):
-    return None
-
-  @jax.jit
-  def infer(state, real, label):
-    frames = video.to_float(real)[None]
-    return method.infer(
-      state, {'image': frames[:, 0], 'driving': frames, 'label': label[None]}
-    )[0]
-
-  def padded(real, label):
-    # Few shapes, so that clips of all lengths share a program.
-    n = len(real)
-    real = np.concatenate([real, real[-1:].repeat(-n % 16, 0)])
-    return np.asarray(infer(state, real, np.int32(label)))[:n]
-
-  return padded
-
-
 def _define():
   """The flags; not when imported, since other commands share their names."""
   integer, string = flags.DEFINE_integer, flags.DEFINE_string
@@ -368,6 +312,10 @@ def _define_scores():
   flags.DEFINE_bool(
     'nets', True, 'LPIPS, FID, KID, IS, video FID, where weights are there.'
   )
+  flags.DEFINE_list(
+    'image', [], 'Photos that the shown clips drive, in the report (motion '
+    'transfer).',
+  )
   integer('seed', 0, 'Of the noise and the bootstrap.')
   integer('shown', 6, 'Clips shown in the report.', lower_bound=0)
   flags.DEFINE_bool(
@@ -399,12 +347,16 @@ def _score_run(given, folder, out):
       f'--refine {",".join(given.refine)}: give numbers from 0 to 1.'
     ) from None
   run = _load(folder)
+  faces = remake.read_faces(run, given.image)
   keep = score_report.Gallery(out, given.shown, given.frames)
   result = evaluate(
     run, given.split, given.protocol, strengths,
     num_sample_steps=given.num_sample_steps, directory=given.data_dir,
     classifier=given.classifier, keep=keep, **_options(given),
   )
+  shown = [clip for clip, _ in keep.clips]
+  for clip, made in remake.drive_faces(run, faces, shown):
+    keep.add(clip, made)
   _write(result, keep, out, folder)
   return result
 
@@ -489,7 +441,7 @@ _GROUPS = {
   'what to score': 'workdir split data_dir num_clips generated real compare '
   'ablation ablation_steps',
   'how': 'protocol refine num_sample_steps ssim sizes faces classifier nets',
-  'the rest': 'seed out shown frames',
+  'the rest': 'seed out shown image frames',
 }
 
 if __name__ == '__main__':

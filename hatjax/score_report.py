@@ -47,6 +47,7 @@ class Gallery:
   def __init__(self, folder, shown=6, frames=False):
     self.folder, self.frames = pathlib.Path(folder), frames
     self._shown, self._first, self._others = shown, {}, []
+    self._added = []
 
   def __call__(self, clip, made):
     """Takes a clip and {row: uint8 [T, H, W, 3]}."""
@@ -59,10 +60,15 @@ class Gallery:
     elif len(self._others) < self._shown:
       self._others.append((clip, made))
 
+  def add(self, clip, made):
+    """Shows this as well, behind the others."""
+    self._added.append((clip, made))
+
   @property
   def clips(self):
     """Those to show: list of (clip, {row: video})."""
-    return [*self._first.values(), *self._others][: self._shown]
+    kept = [*self._first.values(), *self._others][: self._shown]
+    return kept + self._added
 
 
 def to_json(result):
@@ -189,7 +195,8 @@ def write(result, gallery, folder, curves=()):
 def _draw(folder, clip, made):
   """Strips and a video of one clip; dict of what was written."""
   name = file_name(clip['id'])
-  rows = [r for r in made if not needs_no_model(r)] + ['blend', 'real']
+  rows = [r for r in made if not needs_no_model(r)]
+  rows += [r for r in ('blend', 'real') if r in made]
   picture = f'strips/{name}_input.png'
   video.write_image(folder / picture, clip['video'][0])
   strips = {}

@@ -2,6 +2,7 @@
 
 import fractions
 import json
+import types
 
 import av
 import jax
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 
 from configs.methods import motion_transfer as config
-from hatjax import driving, generate, runs, sound, video, workdir
+from hatjax import (
+  driving,
+  generate,
+  remake,
+  runs,
+  score_report,
+  sound,
+  video,
+  workdir,
+)
 
 SIZE = 16
 
@@ -166,7 +176,40 @@ def test_beside_shows_face_driver_and_result(run):
   )
 
 
+def test_a_report_shows_photos_that_its_clips_drive(run, tmp_path):
+  image, clip = toy_frames(1, 1)[0], toy_frames(3, 2)
+  video.write_image(tmp_path / 'art.png', image)
+  faces = remake.read_faces(types.SimpleNamespace(
+    stages=run.stages, image_size=SIZE, crop='none'
+  ), [tmp_path / 'art.png'])
+  np.testing.assert_array_equal(faces['art'], image)
+  gallery = score_report.Gallery(tmp_path)
+  clips = [{'id': 'a', 'video': clip}]
+  for shown in remake.drive_faces(run, faces, clips):
+    gallery.add(*shown)
+  (shown, made), = gallery.clips
+  assert shown['id'] == 'art, driven by a'
+  want = np.stack(list(driving.drive(run, image, clip)))
+  np.testing.assert_array_equal(made['driven'], want)
+  result = {
+    'rows': {}, 'clips': {}, 'not_computed': {}, 'skipped': [],
+    'n': {'clips': 0, 'subjects': 0, 'skipped': 0},
+    'settings': {'workdir': 'x', 'ssim': 'gaussian', 'extractors': {}},
+  }
+  score_report.write(result, gallery, tmp_path / 'out')
+  for row, frames in (('driving', clip), ('driven', want)):
+    path = tmp_path / 'out' / 'strips' / f'art_driven_by_a_{row}.png'
+    np.testing.assert_array_equal(video.read_image(path), video.strip(frames))
+
+
 def test_runs_that_are_not_driven_say_so(run):
+  method = types.SimpleNamespace(reads=('image', 'label'))
+  undriven = types.SimpleNamespace(
+    stages=[runs.Stage('hat_cgan', method, None)]
+  )
+  with pytest.raises(ValueError, match='no clip drives this run'):
+    remake.read_faces(undriven, ['me.jpg'])
+  assert remake.read_faces(undriven, []) == {}
   with pytest.raises(ValueError, match='Pass --driving clip.mp4'):
     run.animate(toy_frames(1))
   with pytest.raises(ValueError, match=r'uint8 \[16, 16, 3\]'):

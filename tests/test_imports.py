@@ -20,7 +20,7 @@ FLOORS = (
   ), 2)
   | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores', 'guard'), 1)
   | {
-    'photos': 0.5, 'provenance': 1.5, 'live': 3.5, 'page': 3.7,
+    'photos': 0.5, 'remake': 2.5, 'provenance': 1.5, 'live': 3.5, 'page': 3.7,
     'exported': 3.2, 'export': 3.5,
   }
 )
