@@ -117,8 +117,7 @@ class Driver:
   Args:
     run: a loaded run whose first stage reads 'driving'; see `hatjax.load`.
     image: the face, uint8 [S, S, 3].
-    batch_size: frames per call; 0 for 8, or 1 on a CPU, where a batch only
-      falls out of its caches.
+    batch_size: frames per call; 0 for 8.
 
   Raises:
     ValueError: a run that is not driven, an image of another size.
@@ -134,9 +133,8 @@ class Driver:
         f'{", ".join(method.reads)}. Leave --driving out, or train one: '
         '--config configs/voxceleb.py'
       )
-    on_cpu = jax.default_backend() == 'cpu'
     self.size = method.image_size
-    self.batch_size = batch_size or (1 if on_cpu else 8)
+    self.batch_size = batch_size or 8
     image = self._check(image)
     encode, self._find, self._render = _programs(method)
     self._context = encode(self._state, image[None])

@@ -11,7 +11,7 @@ from scipy import ndimage, signal, stats
 from skimage.metrics import peak_signal_noise_ratio
 
 from hatjax import intensity, losses, metrics, optim, validation, warp
-from hatjax.nets import layers
+from hatjax.nets import layers, winograd
 
 
 def normal(seed, *shape):
@@ -66,10 +66,29 @@ def test_rewritten_convolution_equals_plain(op, kernel, nd, form, monkeypatch):
     np.testing.assert_allclose(one, other, atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize('r', layers.TILES)
+@pytest.mark.parametrize('k, pad, features', [(3, 1, 2), (4, 1, 1), (7, 0, 5)])
+def test_convolution_to_few_features_equals_plain(k, pad, features):
+  x, w = normal(0, 2, 9, 8, 20), 0.1 * normal(1, k, k, 20, features)
+
+  def run(name):
+    def step(x, w):
+      y, pull = jax.vjp(lambda x, w: layers.correlate(x, w, pad), x, w)
+      return y, *pull(jnp.sin(y))
+
+    with layers.lowering(name):
+      return jax.jit(step).lower(x, w).as_text(), jax.jit(step)(x, w)
+
+  (_, plain), (text, others) = run('plain'), run('rewritten')
+  assert f'tensor<{k}x1x20x{k * features}xf32>' in text
+  for one, other in zip(plain, others):
+    atol = max(2e-5, 3e-6 * np.abs(one).max())
+    np.testing.assert_allclose(one, other, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize('r', winograd.TILES)
 def test_minimal_filters_are_convolutions(r):
-  m = layers.TILES[r]
-  a, g, b = layers._minimal_filter(m, r)
+  m = winograd.TILES[r]
+  a, g, b = winograd.minimal_filter(m, r)
   x, k = np.random.default_rng(0).normal(size=(2, m + r - 1))
   y = a @ ((g @ k[:r]) * (b @ x))
   np.testing.assert_allclose(y, np.correlate(x, k[:r], 'valid'), rtol=1e-5)

@@ -19,13 +19,14 @@ from einops import rearrange
 
 from hatjax import losses, optim, settings, warp
 from hatjax import state as state_lib
+from hatjax.nets import layers, resnet, vgg
 from hatjax.nets import motion_transfer as nets
-from hatjax.nets import resnet, vgg
 
 DETECTORS = ('resnet', 'hourglass')
 PERCEPTUAL = ('pyramid', 'vgg19')
 TAPS = tuple(f'relu{block}_1' for block in range(1, 6))
 CHUNK = 8  # frames that animate makes at a time
+FEW_PIXELS = 256**2  # of the frames that a CPU draws at a time, in its caches
 MOVING = ('keypoint_detector', 'dense_motion', 'generator')
 
 
@@ -438,10 +439,17 @@ class MotionTransfer:
       'dense_motion', state, context['image'], context['keypoints'],
       jax.tree.map(_fold, keypoints),
     )
-    frames = self._infer(
-      'generator', state, context['code'], flow, visible, method='decode'
+    batch, length = keypoints['value'].shape[:2]
+    few = max(1, FEW_PIXELS // self.image_size**2)
+    few = few if layers.rewrites() and length % few == 0 else length
+    draw = lambda parts: self._infer(
+      'generator', state, context['code'], *parts, method='decode'
     )
-    return _unfold(frames, context['image'].shape[0])
+    parts = jax.tree.map(lambda x: rearrange(
+      x, '(b n t) ... -> n (b t) ...', b=batch, t=few
+    ), (flow, visible))
+    frames = jax.lax.map(draw, parts)
+    return rearrange(frames, 'n (b t) ... -> b (n t) ...', b=batch)
 
   def decode(self, state, context, chunk, rng=None):
     """Frames for the driving frames `chunk` [B, T, H, W, 3], absolute."""
