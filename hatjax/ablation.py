@@ -8,33 +8,51 @@ import pathlib
 import subprocess
 import sys
 
-# Name -> (method words of the config's argument, settings). The first is what
-# the others are compared with; `{base}` is its workdir.
+# Method -> variant -> (method trained, settings). The first variant is what the
+# others are compared with.
 VARIANTS = {
-  'base': ('hat_cgan', {}),
-  'resnet_6': ('hat_cgan', {'model.net': 'resnet_6'}),
-  'resnet_9': ('hat_cgan', {'model.net': 'resnet_9'}),
-  'affine_latent': ('hat_cgan', {'model.affine': 'latent'}),
-  'affine_spatial': ('hat_cgan', {'model.affine': 'spatial'}),
-  'no_lip_patch': (
-    'hat_cgan', {'model.lambda_patch': 0.0}
-  ),
-  'least_squares': ('hat_cgan', {'model.gan_loss': 'least_squares'}),
-  'diff': ('video_diffusion', {}),
+  'hat_cgan': {
+    'base': ('hat_cgan', {}),
+    'resnet_6': ('hat_cgan', {'model.net': 'resnet_6'}),
+    'resnet_9': ('hat_cgan', {'model.net': 'resnet_9'}),
+    'affine_latent': ('hat_cgan', {'model.affine': 'latent'}),
+    'affine_spatial': ('hat_cgan', {'model.affine': 'spatial'}),
+    'no_lip_patch': ('hat_cgan', {'model.lambda_patch': 0.0}),
+    'least_squares': ('hat_cgan', {'model.gan_loss': 'least_squares'}),
+    'diff': ('video_diffusion', {}),
+  },
+  # Table 3 of the paper.
+  'fev_gan': {
+    'base': ('fev_gan', {}),
+    'no_spatial_encoder': ('fev_gan', {'model.use_spatial': False}),
+    'no_identity_encoder': ('fev_gan', {'model.use_identity': False}),
+  },
 }
+ENCODER = 'identity_encoder'  # FEV-GAN's, where VGG-Face is not at hand
 JUDGE = 'judge'  # the face_classifier that names the expressions made
 
 
-def folders(root):
+def folders(config, root):
   """{variant: workdir}."""
-  return {name: pathlib.Path(root) / name for name in VARIANTS}
+  root = pathlib.Path(root)
+  return {name: root / name for name in VARIANTS[_parse(config)[1]]}
+
+
+def _parse(config):
+  """(config's file, method, whether it trains its encoder, other words)."""
+  path, _, words = config.partition(':')
+  words = [w.strip() for w in words.split(',') if w.strip()]
+  method = next((w for w in words if w in VARIANTS), 'hat_cgan')
+  rest = [w for w in words if w not in (method, ENCODER)]
+  return path, method, ENCODER in words, rest
 
 
 def commands(config, root, num_steps, data_dir=None):
   """What is run, in order.
 
   Args:
-    config: such as 'configs/synthetic.py' or 'configs/synthetic.py:32'.
+    config: such as 'configs/synthetic.py' or 'configs/synthetic.py:32'; with
+      'identity_encoder,fev_gan' those of FEV-GAN, which share one encoder.
     root: folder of the runs.
     num_steps: of each variant.
     data_dir: where the records live.
@@ -42,18 +60,21 @@ def commands(config, root, num_steps, data_dir=None):
   Returns:
     {name: arguments of hatjax.train}; the judge comes first.
   """
-  path, _, words = config.partition(':')
+  path, ablated, encodes, words = _parse(config)
   root, found = pathlib.Path(root), {}
-  variants = {JUDGE: ('face_classifier', {})} | VARIANTS
+  variants = {JUDGE: ('face_classifier', {})} | VARIANTS[ablated]
   for name, (method, settings) in variants.items():
-    argument = ','.join(filter(None, [method, words]))
+    methods = [ENCODER, method] if encodes and name == 'base' else [method]
     args = [
-      '--config', f'{path}:{argument}', '--workdir', str(root / name),
+      '--config', f'{path}:{",".join([*methods, *words])}',
+      '--workdir', str(root / name),
     ]
     if name != JUDGE:
       args.append(f'--config.{method}.train.num_steps={num_steps}')
     if method == 'video_diffusion':
       args.append(f'--config.init_from.hat_cgan={root / "base"}')
+    if encodes and method == 'fev_gan' and name != 'base':
+      args.append(f'--config.init_from.{ENCODER}={root / "base"}')
     args += [
       f'--config.{method}.{key}={value}' for key, value in settings.items()
     ]

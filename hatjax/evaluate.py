@@ -262,8 +262,9 @@ def _define():
   string('real', None, 'The real videos, by the same names.')
   flags.DEFINE_list('compare', [], 'Folders of runs: one table of all.')
   string(
-    'ablation', None, 'A config such as configs/synthetic.py: trains its '
-    'variants under --workdir (resumes what is there) and compares them.',
+    'ablation', None, 'A config such as configs/synthetic.py, or '
+    'configs/synthetic.py:identity_encoder,fev_gan: trains its variants under '
+    '--workdir (resumes what is there) and compares them.',
   )
   integer('ablation_steps', 300, 'Of each variant.', lower_bound=1)
   string('split', 'test', 'A named split of the records.')
@@ -397,7 +398,7 @@ def _run_command(given):
       given.ablation, root, given.ablation_steps, given.data_dir
     )
     given.classifier = given.classifier or str(root / ablation.JUDGE)
-    folders = ablation.folders(root)
+    folders = ablation.folders(given.ablation, root)
     return None, _compare(given, folders, given.out or root / 'comparison')
   if given.compare:
     folders = {folder: folder for folder in given.compare}

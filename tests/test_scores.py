@@ -1,5 +1,6 @@
 """From videos to a report: folders, comparison, ablation, pages, the judge."""
 
+import importlib
 import json
 import types
 
@@ -164,16 +165,17 @@ def test_published_rows_fit_their_columns():
     assert set(table['columns']) <= set(scores.COLUMNS)
 
 
-def test_every_ablation_is_a_config_that_exists():
-  import importlib
-
+@pytest.mark.parametrize('method, words, changes', [
+  ('hat_cgan', 'tiny', {'net', 'affine', 'lambda_patch', 'gan_loss'}),
+  ('fev_gan', 'identity_encoder,fev_gan,tiny', {'use_spatial', 'use_identity'}),
+])
+def test_every_ablation_is_a_config_that_exists(method, words, changes):
   module = importlib.import_module('configs.synthetic')
-  commands = ablation.commands('configs/synthetic.py:tiny', 'r', 30)
-  assert list(commands) == ['judge', *ablation.VARIANTS]
+  commands = ablation.commands(f'configs/synthetic.py:{words}', 'r', 30)
+  assert list(commands) == ['judge', *ablation.VARIANTS[method]]
   changed = set()
   for args in commands.values():
     config = module.get_config(args[1].partition(':')[2])
-    (stage,) = config.stages
     for option in args[4:]:
       key, _, value = option.removeprefix('--config.').partition('=')
       *path, leaf = key.split('.')
@@ -184,8 +186,23 @@ def test_every_ablation_is_a_config_that_exists():
       if path[-1] == 'model':
         assert str(block[leaf]) != value, option  # else it ablates nothing
         changed.add(leaf)
-  assert changed == {'net', 'affine', 'lambda_patch', 'gan_loss'}
-  assert f'--config.init_from.hat_cgan={"r/base"}' in commands['diff']
+  assert changed == changes
+
+
+def test_ablations_share_what_is_trained_once():
+  gan = ablation.commands('configs/synthetic.py', 'r', 30)
+  assert '--config.init_from.hat_cgan=r/base' in gan['diff']
+  fev = ablation.commands('c.py:identity_encoder,fev_gan', 'r', 30, 'data')
+  trained = [args[1] for args in fev.values()]
+  encoder = '--config.init_from.identity_encoder=r/base'
+  assert trained == ['c.py:face_classifier', 'c.py:identity_encoder,fev_gan',
+                     'c.py:fev_gan', 'c.py:fev_gan']
+  shared = [encoder in args for args in fev.values()]
+  assert shared == [False, False, True, True]
+  paper = ablation.commands('c.py:fev_gan,paper', 'r', 30)  # VGG-Face's weights
+  assert paper['base'][1] == 'c.py:fev_gan,paper'
+  assert encoder not in paper['no_spatial_encoder']
+  assert ablation.folders('c.py:fev_gan', 'r').keys() | {'judge'} == fev.keys()
 
 
 def test_weights_are_listed_with_all_that_one_must_know(
