@@ -68,7 +68,9 @@ def _model(preset, image_size):
     dec_size=0,                   # side that it works at; 0: image_size
     head='direct',                # residual, warp
     norm='batch',                 # or group, which needs no large batches
+    label_everywhere=False,       # scales and shifts every decoder layer
     discriminator_width=64,
+    discriminator_size=0,         # side of the frames it sees; 0: image_size
     label_inject='first',         # after D's first layer; input
     n_id_frames=4,
     lambda_gan=1.0,
@@ -88,7 +90,7 @@ def _model(preset, image_size):
       'eid_taps': net['taps'], 'eid_depths': net['depths'],
       'eid_width': net['width'], 'dec_arch': 'up16', 'head': 'warp',
       'dec_width': 64, 'norm': 'group', 'ema_decay': 0.999,
-      'eid_dropout': 0.5, 'lambda_gan': 0.25,
+      'eid_dropout': 0.5, 'lambda_gan': 0.25, 'label_everywhere': True,
     }
   if preset == 'tiny':
     model |= dict(
@@ -101,8 +103,9 @@ def _model(preset, image_size):
 def shrink(stage):
   """Makes a stage one for minutes on a CPU: narrow nets, half the side."""
   model = stage.model
-  # The flow, and what is added to what it fetches, are smooth.
-  model.dec_size = 32 if model.image_size == 64 else 0
+  # The flow is smooth; the discriminator, else, takes half the time.
+  if model.image_size == 64:
+    model.dec_size = model.discriminator_size = 32
   for name, width in dict(
     dec_width=16, es_width=16, discriminator_width=8
   ).items():

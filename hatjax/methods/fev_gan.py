@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
+from einops import rearrange, reduce
 
 from hatjax import lips, losses, optim, settings, warp
 from hatjax import metrics as metrics_lib
@@ -54,7 +54,9 @@ class FEVGAN:
   dec_size: int = 0
   head: str = 'direct'
   norm: str = 'batch'
+  label_everywhere: bool = False
   discriminator_width: int = 64
+  discriminator_size: int = 0
   label_inject: str = 'first'
   n_id_frames: int = 4
   lambda_gan: float = 1.0
@@ -98,6 +100,10 @@ class FEVGAN:
     halvings = nets.doublings(4, self.image_size, 'model.image_size')
     size = self.dec_size or self.image_size
     nets.doublings(size, self.image_size, 'model.image_size')
+    if self.discriminator_size:
+      side = self.discriminator_size
+      nets.doublings(4, side, 'model.discriminator_size')
+      nets.doublings(side, self.image_size, 'model.image_size')
     nets.doublings(2, self.num_frames, 'model.num_frames')
     if self.num_frames % 2**halvings:
       raise ValueError(
@@ -160,11 +166,13 @@ class FEVGAN:
   @property
   def generator(self):
     """E_s and G_dec."""
+    size = self.dec_size or self.image_size
     return nets.Generator(
-      image_size=self.dec_size or self.image_size, num_frames=self.num_frames,
+      image_size=size, num_frames=self.num_frames,
       num_labels=self.num_labels, grid=self.grid, spatial=self.use_spatial,
       dropout=self.eid_dropout, es_width=self.es_width, dec_arch=self.dec_arch,
-      dec_width=self.dec_width, head=self.head, norm_kind=self.norm,
+      dec_width=self.dec_width, head=self.head, detail=self.image_size // size,
+      label_everywhere=self.label_everywhere, norm_kind=self.norm,
       axis_name=self.axis_name, dtype=jnp.dtype(self.dtype),
     )
 
@@ -200,7 +208,7 @@ class FEVGAN:
     params['generator'] = variables['params']
     if self.lambda_gan:
       params['discriminator'] = (
-        self.discriminator.init(rng_d, video, label)['params']
+        self.discriminator.init(rng_d, self._shown(video), label)['params']
       )
     tx = {name: self.tx[name] for name in ('generator', *self._judges)}
     return state_lib.create(
@@ -294,18 +302,23 @@ class FEVGAN:
 
   def _show(self, image, said):
     """The head: what the decoder says [B, T, S, S, C] -> frames."""
-    said = nets.resize(said, self.image_size)  # where dec_size is smaller
+    size, detail = self.image_size, self.image_size // said.shape[2]
+    colours = rearrange(
+      said[..., : 3 * detail**2], 'b t h w (i j c) -> b t (h i) (w j) c',
+      i=detail, j=detail,
+    )
     if self.head == 'direct':
-      return jnp.tanh(said)
+      return jnp.tanh(colours)
     if self.head == 'residual':
-      return image[:, None] + said
-    b, t, size = said.shape[:3]
+      return image[:, None] + colours
+    b, t = said.shape[:2]
     # In units of an eighth of the picture.
-    where = warp.grid(size, size) + 0.25 * said[..., 3:]
+    flow = nets.resize(said[..., 3 * detail**2 :], size)
+    where = warp.grid(size, size) + 0.25 * flow
     moved = warp.warp_frames(
       image, where.reshape(b, t * size, size, 2), 'gather'
     ).reshape(b, t, size, size, 3)
-    return moved + said[..., :3]
+    return moved + colours
 
   def discriminator_loss(self, params, fake, batch):
     """-log D(Y, L) - log(1 - D(Y^, L)), halved (eq. 3 as it is meant)."""
@@ -316,9 +329,16 @@ class FEVGAN:
       'loss/discriminator_fake': fake, 'loss/discriminator_real': real,
     }
 
+  def _shown(self, video):
+    """What the discriminator sees: where it is small, means of cells."""
+    cell = self.image_size // (self.discriminator_size or self.image_size)
+    return reduce(
+      video, 'b t (h i) (w j) c -> b t h w c', 'mean', i=cell, j=cell
+    )
+
   def _judge(self, params, video, label):
     logits, _ = self.discriminator.apply(
-      {'params': params}, video, label, mutable=['batch_stats']
+      {'params': params}, self._shown(video), label, mutable=['batch_stats']
     )
     return logits
 

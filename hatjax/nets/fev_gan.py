@@ -129,6 +129,10 @@ class Decoder(_Net):
   convolution (14 -> 16), doubles time and space until the side is reached, then
   time alone. Channels start at 8 width (down4) or 4 width and halve with each
   doubling, down to `width`, or a quarter of it where only time doubles.
+
+  Attributes:
+    num_labels: with labels given, each scales and shifts the channels of every
+      layer: in minutes, else, all labels look the same.
   """
 
   image_size: int = 64
@@ -136,13 +140,18 @@ class Decoder(_Net):
   arch: str = 'down4'
   width: int = 128
   out_channels: int = 3
+  num_labels: int = 6
   norm_kind: str = 'batch'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x, train=False):
-    block = lambda x: nn.relu(self.norm()(x, train))
+  def __call__(self, x, train=False, label=None):
+    """[B, g, g, C], int32 [B] or None -> [B, T, S, S, out_channels]."""
+    def block(x):
+      x = self.norm()(x, train)
+      return nn.relu(x if label is None else self._say(x, label))
+
     if self.arch == 'down4':
       x = block(self.conv(8 * self.width, kernel=4, stride=2)(x))
       x = block(self.conv(8 * self.width, kernel=x.shape[1] - 3, pad=0)(x))
@@ -161,6 +170,16 @@ class Decoder(_Net):
       )
       x = x if last else block(x)
     return x.astype(jnp.float32)
+
+  def _say(self, x, label):
+    """x [B, ..., C], scaled and shifted by what a label has learned."""
+    change = layers.Embed(
+      self.num_labels, 2 * x.shape[-1],
+      embedding_init=nn.initializers.normal(0.1),
+    )(label).astype(x.dtype)
+    change = jnp.expand_dims(change, tuple(range(1, x.ndim - 1)))
+    scale, shift = jnp.split(change, 2, -1)
+    return x * (1 + scale) + shift
 
   def _two_frames(self, x, features, kernel):
     """Transposed convolution (2, k, k) of one frame: [B, 2, h+k-1, ..]."""
@@ -189,6 +208,9 @@ class Generator(nn.Module):
       decoder does not learn the training subjects by heart.
     head: 'direct' (tanh); 'residual' (input + y); 'warp' (the input, each of
       its pixels fetched from where a flow of the decoder says, + y).
+    detail: every place of the decoder says the colours of detail^2 pixels.
+    label_everywhere: the label changes every layer of the decoder, besides
+      being one of its inputs.
   """
 
   image_size: int = 64
@@ -201,6 +223,8 @@ class Generator(nn.Module):
   dec_arch: str = 'down4'
   dec_width: int = 128
   head: str = 'direct'
+  detail: int = 1
+  label_everywhere: bool = False
   norm_kind: str = 'batch'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
@@ -216,8 +240,8 @@ class Generator(nn.Module):
       train: batch norms use the batch's own statistics and note them.
 
     Returns:
-      What the decoder says, float32 [B, T, S, S, 3 or 5]: colours and, of the
-      head 'warp', the flow.
+      What the decoder says, float32 [B, T, S, S, 3 detail^2 (+ 2)]: colours
+      and, of the head 'warp', the flow.
     """
     common = dict(
       norm_kind=self.norm_kind, axis_name=self.axis_name, dtype=self.dtype
@@ -235,8 +259,11 @@ class Generator(nn.Module):
     maps.append(one_hot_maps(label, self.num_labels, shape, self.dtype))
     return Decoder(
       self.image_size, self.num_frames, self.dec_arch, self.dec_width,
-      5 if self.head == 'warp' else 3, name='decoder', **common,
-    )(jnp.concatenate(maps, -1), train)
+      3 * self.detail**2 + 2 * (self.head == 'warp'), self.num_labels,
+      name='decoder', **common,
+    )(
+      jnp.concatenate(maps, -1), train, label if self.label_everywhere else None
+    )
 
 
 class Discriminator(_Net):

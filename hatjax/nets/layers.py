@@ -264,9 +264,9 @@ def correlate(x, kernel, pad=0):
       return _by_columns(x, kernel, pad)
     if len(kernel) == 3 and pad == 1 and _is_large(kernel, x):
       return _taps(nd, 3, 1)[0](x) @ kernel.reshape(-1, kernel.shape[-1])
-    if len(kernel) in winograd.TILES and _filter_pays(x, *kernel.shape[2:]):
-      x = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-      return winograd.correlate(x, kernel)
+    padded = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    if len(kernel) in winograd.TILES and _filter_pays(padded, inputs, features):
+      return winograd.correlate(padded, kernel)
   return _convolve(x, kernel, (1,) * nd, [(pad, pad)] * nd)
 
 
