@@ -199,6 +199,8 @@ def test_losses_are_those_of_equations_1_and_3(tiny):
   (dict(eid='random', lambda_gan=0.0, dec_arch='down4', eid_size=16,
         head='residual', remat=True, dtype='bfloat16', dec_size=8),
    ['decoder', 'spatial_encoder'], {'eid': 'random'}),
+  (dict(eid='random', discriminator_size=8, label_everywhere=False),
+   ['decoder', 'spatial_encoder'], {'eid': 'random'}),
 ])
 def test_ablations_and_variants_build(tiny, changes, nets_left, notes):
   method, batch = make(**changes), tiny[2]
@@ -243,6 +245,47 @@ def test_a_flow_fetches_pixels(tiny):
   np.testing.assert_allclose(moved[:, :1, :, :-1], expected, atol=1e-5)
 
 
+def test_a_small_decoder_says_the_colours_of_every_pixel(tiny):
+  method = make(dec_size=8, head='residual')
+  image = tiny[2]['video'][:, 0]
+  said = np.zeros((2, 8, 8, 8, 12), np.float32)
+  said[0, 3, 5, 6, 2 * 3 + 1] = 0.5  # lower left of four pixels, green
+  added = method._show(image, said) - image[:, None]
+  expected = np.zeros((2, 8, 16, 16, 3))
+  expected[0, 3, 11, 12, 1] = 0.5
+  np.testing.assert_allclose(added, expected, atol=1e-6)
+
+
+def test_a_small_discriminator_sees_means_of_cells(tiny):
+  video = tiny[2]['video']
+  seen = make(discriminator_size=8)._shown(video)
+  cells = video[:, :, 4:6, 10:12].mean((2, 3))
+  np.testing.assert_allclose(seen[:, :, 2, 5], cells, atol=1e-6)
+  np.testing.assert_array_equal(make()._shown(video), video)
+
+
+def test_a_label_changes_every_layer_of_the_decoder():
+  net = nets.Decoder(8, 4, 'up16', 4)
+  x = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+  label = np.array([0, 1])
+  run = lambda params, label: net.apply(params, x, True, label, mutable=[
+    'batch_stats'
+  ])[0]
+  params = net.init(KEY, x, True, label)
+  tables = [name for name in params['params'] if name.startswith('Embed')]
+  assert len(tables) == sum(n.startswith('Norm') for n in params['params'])
+  told = run(params, label)
+  plain = run({k: {
+    n: p for n, p in v.items() if n not in tables
+  } for k, v in params.items()}, None)
+  for name in tables:
+    still = jax.tree.map(jnp.copy, params)
+    still['params'][name]['embedding'] *= 0
+    assert np.abs(run(still, label) - told).max() > 0
+    params['params'][name]['embedding'] *= 0
+  np.testing.assert_allclose(run(params, label), plain, atol=1e-6)
+
+
 def test_other_lengths_are_blended_in_time(tiny):
   method, state, batch = tiny
   inputs = {'image': batch['video'][:, 0], 'label': batch['label']}
@@ -271,6 +314,7 @@ def test_contrast_by_hand():
   (dict(use_identity=False, use_spatial=False), 'are both off'),
   (dict(eid_size=20), 'eid_size is 20: 2 blocks make a grid of 10, which up16'),
   (dict(num_frames=7), 'num_frames is 7'),
+  (dict(discriminator_size=12), 'model.discriminator_size is 12'),
   (dict(n_id_frames=9), 'n_id_frames is 9. Use 1 to 8'),
 ])
 def test_wrong_settings_are_named(changes, message):

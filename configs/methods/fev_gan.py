@@ -67,8 +67,9 @@ def _model(preset, image_size):
     dec_width=128,
     dec_size=0,                   # side that it works at; 0: image_size
     head='direct',                # residual, warp
+    flow_size=0,                  # side of the flow of warp; 0: the decoder's
     norm='batch',                 # or group, which needs no large batches
-    label_everywhere=False,       # scales and shifts every decoder layer
+    label_everywhere=False,       # learns its maps, changes every layer
     discriminator_width=64,
     discriminator_size=0,         # side of the frames it sees; 0: image_size
     label_inject='first',         # after D's first layer; input
@@ -106,6 +107,8 @@ def shrink(stage):
   # The flow is smooth; the discriminator, else, takes half the time.
   if model.image_size == 64:
     model.dec_size = model.discriminator_size = 32
+    model.flow_size = 16
+  model.lambda_gan = min(model.lambda_gan, 0.05)
   for name, width in dict(
     dec_width=16, es_width=16, discriminator_width=8
   ).items():

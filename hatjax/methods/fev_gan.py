@@ -28,6 +28,12 @@ from hatjax.nets import vgg
 SOURCES = ('vgg_face', 'trained', 'random')
 
 
+def _cell_means(video, cell):
+  return reduce(
+    video, 'b t (h i) (w j) c -> b t h w c', 'mean', i=cell, j=cell
+  )
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class FEVGAN:
   """Hyperparameters and steps of FEV-GAN.
@@ -53,6 +59,7 @@ class FEVGAN:
   dec_width: int = 128
   dec_size: int = 0
   head: str = 'direct'
+  flow_size: int = 0
   norm: str = 'batch'
   label_everywhere: bool = False
   discriminator_width: int = 64
@@ -100,6 +107,8 @@ class FEVGAN:
     halvings = nets.doublings(4, self.image_size, 'model.image_size')
     size = self.dec_size or self.image_size
     nets.doublings(size, self.image_size, 'model.image_size')
+    if self.flow_size:
+      nets.doublings(self.flow_size, size, 'the side of the decoder')
     if self.discriminator_size:
       side = self.discriminator_size
       nets.doublings(4, side, 'model.discriminator_size')
@@ -313,7 +322,9 @@ class FEVGAN:
       return image[:, None] + colours
     b, t = said.shape[:2]
     # In units of an eighth of the picture.
-    flow = nets.resize(said[..., 3 * detail**2 :], size)
+    flow = said[..., 3 * detail**2 :]
+    cell = flow.shape[2] // (self.flow_size or flow.shape[2])
+    flow = nets.resize(_cell_means(flow, cell), size)
     where = warp.grid(size, size) + 0.25 * flow
     moved = warp.warp_frames(
       image, where.reshape(b, t * size, size, 2), 'gather'
@@ -331,10 +342,8 @@ class FEVGAN:
 
   def _shown(self, video):
     """What the discriminator sees: where it is small, means of cells."""
-    cell = self.image_size // (self.discriminator_size or self.image_size)
-    return reduce(
-      video, 'b t (h i) (w j) c -> b t h w c', 'mean', i=cell, j=cell
-    )
+    size = self.discriminator_size or self.image_size
+    return _cell_means(video, self.image_size // size)
 
   def _judge(self, params, video, label):
     logits, _ = self.discriminator.apply(

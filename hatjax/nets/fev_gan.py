@@ -19,6 +19,7 @@ NORMS = ('batch', 'group')
 HEADS = ('direct', 'residual', 'warp')
 INJECTIONS = ('input', 'first')
 STD = 0.01
+LABEL_MAPS = 32  # of a label that has learned where on the face it acts
 
 
 def resize(images, size):
@@ -132,7 +133,7 @@ class Decoder(_Net):
 
   Attributes:
     num_labels: with labels given, each scales and shifts the channels of every
-      layer: in minutes, else, all labels look the same.
+      layer.
   """
 
   image_size: int = 64
@@ -209,8 +210,8 @@ class Generator(nn.Module):
     head: 'direct' (tanh); 'residual' (input + y); 'warp' (the input, each of
       its pixels fetched from where a flow of the decoder says, + y).
     detail: every place of the decoder says the colours of detail^2 pixels.
-    label_everywhere: the label changes every layer of the decoder, besides
-      being one of its inputs.
+    label_everywhere: a label learns maps of its own, where else it is a map of
+      ones among hundreds, and changes every layer of the decoder.
   """
 
   image_size: int = 64
@@ -256,7 +257,15 @@ class Generator(nn.Module):
       )
       maps.append(encoder(image, train))
     shape = (self.grid, self.grid)
-    maps.append(one_hot_maps(label, self.num_labels, shape, self.dtype))
+    if self.label_everywhere:
+      table = layers.Embed(
+        self.num_labels, self.grid**2 * LABEL_MAPS, name='label_maps',
+        embedding_init=nn.initializers.normal(1.0),
+      )
+      label_maps = table(label).reshape(-1, *shape, LABEL_MAPS)
+    else:
+      label_maps = one_hot_maps(label, self.num_labels, shape, self.dtype)
+    maps.append(label_maps.astype(self.dtype))
     return Decoder(
       self.image_size, self.num_frames, self.dec_arch, self.dec_width,
       3 * self.detail**2 + 2 * (self.head == 'warp'), self.num_labels,
