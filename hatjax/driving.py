@@ -176,15 +176,15 @@ class Driver:
 @functools.lru_cache(maxsize=4)
 def _programs(method):
   """Encode a face, find keypoints, render: compiled once for a method."""
-  import jax
+  from hatjax import parallel
 
-  to_float = video.to_float
+  to_float, jit = video.to_float, parallel.jit
   return (
-    jax.jit(lambda state, image: method.encode(
+    jit(lambda state, image: method.encode(
       state, {'image': to_float(image)}
     )),
-    jax.jit(lambda state, frames: method.keypoints(state, to_float(frames))),
-    jax.jit(lambda state, context, points: video.to_uint8(
+    jit(lambda state, frames: method.keypoints(state, to_float(frames))),
+    jit(lambda state, context, points: video.to_uint8(
       method.render(state, context, points)[0]
     )),
   )

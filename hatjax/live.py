@@ -12,11 +12,10 @@ does. All of it may be called from several threads.
 import collections
 import threading
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax import driving, photos, provenance, video
+from hatjax import driving, parallel, photos, provenance, video
 
 CHUNK = 8  # frames decoded at once: no length of clip compiles anew
 KEPT = 16  # faces (each with its expression) whose codes are kept
@@ -52,10 +51,12 @@ class Live:
     self.refines = 'draft' in run.method.reads and not hasattr(run, 'sharpen')
     self.signature = provenance.sign(run)
     self._kept, self._lock = collections.OrderedDict(), threading.Lock()
-    self._encode = jax.jit(lambda state, image, label: self._method.encode(
-      state, {'image': video.to_float(image), 'label': label}
-    ))
-    self._decode = jax.jit(lambda state, context, alpha: video.to_uint8(
+    self._encode = parallel.jit(
+      lambda state, image, label: self._method.encode(
+        state, {'image': video.to_float(image), 'label': label}
+      )
+    )
+    self._decode = parallel.jit(lambda state, context, alpha: video.to_uint8(
       self._method.decode(state, context, alpha)
     ))
 

@@ -3,6 +3,7 @@ devices."""
 
 import ctypes
 import dataclasses
+import functools
 import os
 import pathlib
 import platform
@@ -128,6 +129,21 @@ def compiler_options(config, show=print):
   shown = ', '.join(f'{k}={v}' for k, v in options.items())
   show(f'compiler options: {shown or "none"}')
   return options
+
+
+def jit(function, **options):
+  """`jax.jit` with the compiler options that suit the platform, where no run's
+  config is asked: programs that make videos."""
+  return jax.jit(
+    function, compiler_options=_suited(jax.default_backend()), **options
+  )
+
+
+@functools.cache
+def _suited(backend):
+  options = COMPILER_OPTIONS.get(backend, {})
+  quiet = lambda line: None
+  return {k: v for k, v in options.items() if _is_known(k, v, quiet)}
 
 
 def _is_known(name, value, show):

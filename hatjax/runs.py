@@ -436,7 +436,7 @@ class Run:
       inputs = {'image': video.to_float(images), 'label': label}
       return self.stages[0].method.encode(state, inputs)
 
-    return jax.jit(encode)
+    return parallel.jit(encode)
 
   @functools.cached_property
   def _decode(self):
@@ -444,7 +444,7 @@ class Run:
       method = self.stages[0].method
       return video.to_uint8(method.decode(state, context, chunk, rng))
 
-    return jax.jit(decode)
+    return parallel.jit(decode)
 
   @functools.cached_property
   def _whole(self):
@@ -454,11 +454,12 @@ class Run:
       inputs = {k: inputs[k] for k in method.reads if k in inputs}
       return video.to_uint8(method.animate(state, inputs, rng, num_frames))
 
-    return jax.jit(whole, static_argnums=4)
+    return parallel.jit(whole, static_argnums=4)
 
   @functools.cached_property
   def _sweep(self):
-    return jax.jit(self.stages[0].method.sweep_alpha, static_argnums=(2, 3))
+    sweep = self.stages[0].method.sweep_alpha
+    return parallel.jit(sweep, static_argnums=(2, 3))
 
   @functools.cached_property
   def _denoise(self):
@@ -474,7 +475,7 @@ class Run:
       rng_walk = jax.random.fold_in(rng_walk, positions[0])
       return method.animate(state, inputs, rng_walk, draft.shape[1])
 
-    return jax.jit(denoise, static_argnames=('strength', 'steps'))
+    return parallel.jit(denoise, static_argnames=('strength', 'steps'))
 
   @functools.cached_property
   def _from_noise(self):
@@ -490,7 +491,7 @@ class Run:
         method.animate(state, inputs, rng_walk, num_frames)
       )
 
-    return jax.jit(from_noise, static_argnames=('num_frames', 'steps'))
+    return parallel.jit(from_noise, static_argnames=('num_frames', 'steps'))
 
 
 def _noise(rng, numbers, shape, axis=0):

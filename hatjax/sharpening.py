@@ -2,10 +2,9 @@
 
 import itertools
 
-import jax
 import numpy as np
 
-from hatjax import video
+from hatjax import parallel, video
 
 BATCH = 8  # frames sharpened at once
 
@@ -26,7 +25,7 @@ class Sharpened:
     self._run, self.stage = run, stage
     self.config, self.step = config, int(stage.state.step)
     method = stage.method
-    self._sharpen = jax.jit(lambda state, x: video.to_uint8(
+    self._sharpen = parallel.jit(lambda state, x: video.to_uint8(
       method.sharpen(state, video.to_float(x))
     ))
     self.image_size, self.method, self.state = method.input_size, method, (
