@@ -208,7 +208,9 @@ def test_ablations_and_variants_build(tiny, changes, nets_left, notes):
   new, _ = jax.eval_shape(method.train_step, state, batch, KEY)
   same = jax.tree.map(lambda a, b: a.shape == b.shape, state, new)
   assert all(jax.tree.leaves(same))
-  assert sorted(state.params['generator']) == nets_left
+  parts = set(state.params['generator'])
+  assert ('label_maps' in parts) == method.label_everywhere
+  assert sorted(parts - {'label_maps'}) == nets_left
   assert ('identity_encoder' in state.params) == (notes['eid'] != 'none')
   assert method.notes == notes
 

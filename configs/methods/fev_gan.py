@@ -109,8 +109,9 @@ def shrink(stage):
     model.dec_size = model.discriminator_size = 32
     model.flow_size = 16
   model.lambda_gan = min(model.lambda_gan, 0.05)
-  for name, width in dict(
-    dec_width=16, es_width=16, discriminator_width=8
+  for name, most in dict(
+    dec_width=32, es_width=32, discriminator_width=8, n_id_frames=2
   ).items():
-    model[name] = min(model[name], width)
+    model[name] = min(model[name], most)
+  stage.optim.generator.lr *= 2
   stage.data.batch_size = min(4, stage.data.batch_size)
