@@ -38,11 +38,17 @@ def folders(config, root):
   return {name: root / name for name in VARIANTS[_parse(config)[1]]}
 
 
+def default_root(config):
+  """Folder of the runs where none is given."""
+  return pathlib.Path('runs', f'ablation_{_parse(config)[1]}')
+
+
 def _parse(config):
   """(config's file, method, whether it trains its encoder, other words)."""
   path, _, words = config.partition(':')
   words = [w.strip() for w in words.split(',') if w.strip()]
-  method = next((w for w in words if w in VARIANTS), 'hat_cgan')
+  default = 'fev_gan' if ENCODER in words else 'hat_cgan'
+  method = next((w for w in words if w in VARIANTS), default)
   rest = [w for w in words if w not in (method, ENCODER)]
   return path, method, ENCODER in words, rest
 

@@ -392,8 +392,12 @@ def main(argv):
 
 def _run_command(given):
   """(result or None, where it was written)."""
+  others = (given.ablation, given.compare, given.generated, given.real)
+  if given.image and any(others):
+    raise ValueError('--image goes with --workdir, one run. Leave it out.')
   if given.ablation:
-    root = pathlib.Path(given.workdir or 'runs/ablation')
+    root = given.workdir or ablation.default_root(given.ablation)
+    root = pathlib.Path(root)
     ablation.train(
       given.ablation, root, given.ablation_steps, given.data_dir
     )

@@ -83,10 +83,12 @@ def read_faces(run, paths):
   if not is_driven(run):
     raise ValueError('--image: no clip drives this run. Leave it out.')
   crop = 'none' if run.crop == 'none' else 'auto'
-  return {
-    pathlib.Path(path).stem: photos.crop_face(path, run.image_size, crop)
-    for path in paths
-  }
+  faces = {}
+  for path in paths:
+    name = pathlib.Path(path).stem
+    name = name if name not in faces else f'{name}-{len(faces) + 1}'
+    faces[name] = photos.crop_face(path, run.image_size, crop)
+  return faces
 
 
 def drive_faces(run, faces, clips):

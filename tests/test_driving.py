@@ -181,8 +181,10 @@ def test_a_report_shows_photos_that_its_clips_drive(run, tmp_path):
   video.write_image(tmp_path / 'art.png', image)
   faces = remake.read_faces(types.SimpleNamespace(
     stages=run.stages, image_size=SIZE, crop='none'
-  ), [tmp_path / 'art.png'])
+  ), [tmp_path / 'art.png', tmp_path / 'art.png'])
+  assert list(faces) == ['art', 'art-2']
   np.testing.assert_array_equal(faces['art'], image)
+  faces.pop('art-2')
   gallery = score_report.Gallery(tmp_path)
   clips = [{'id': 'a', 'video': clip}]
   for shown in remake.drive_faces(run, faces, clips):

@@ -199,6 +199,8 @@ def test_ablations_share_what_is_trained_once():
                      'c.py:fev_gan', 'c.py:fev_gan']
   shared = [encoder in args for args in fev.values()]
   assert shared == [False, False, True, True]
+  roots = [ablation.default_root(c) for c in ('c.py', 'c.py:fev_gan')]
+  assert len(set(roots)) == 2  # each has a run named base
   paper = ablation.commands('c.py:fev_gan,paper', 'r', 30)  # VGG-Face's weights
   assert paper['base'][1] == 'c.py:fev_gan,paper'
   assert encoder not in paper['no_spatial_encoder']
