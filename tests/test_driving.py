@@ -20,6 +20,7 @@ from hatjax import (
   video,
   workdir,
 )
+from hatjax.methods import motion_transfer
 
 SIZE = 16
 
@@ -134,6 +135,21 @@ def test_absolute_motion_equals_animate_whatever_the_batch(run):
   want = np.asarray(video.to_uint8(want))[0].astype(int)
   np.testing.assert_allclose(made[0], want, atol=1)
   assert np.abs(np.diff(want, axis=0)).max() > 3  # the driver does matter
+
+
+def test_frames_drawn_one_by_one_are_those_of_a_batch(run, monkeypatch):
+  _, method, state = run.stages[0]
+  image, clip = video.to_float(toy_frames(2, 1)), toy_frames(8, 2)
+  clip = video.to_float(clip).reshape(2, 4, SIZE, SIZE, 3)
+
+  def make(few):
+    monkeypatch.setattr(motion_transfer, 'FEW_PIXELS', few * SIZE**2)
+    inputs = {'image': image, 'driving': clip}
+    return jax.jit(lambda state: method.animate(state, inputs, None, 4))(state)
+
+  together = make(4)
+  for few in (1, 2):
+    np.testing.assert_allclose(make(few), together, atol=1e-5)
 
 
 def test_relative_motion_starts_at_the_face_itself(run):
