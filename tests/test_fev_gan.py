@@ -210,7 +210,8 @@ def test_ablations_and_variants_build(tiny, changes, nets_left, notes):
   assert all(jax.tree.leaves(same))
   parts = set(state.params['generator'])
   assert ('label_maps' in parts) == method.label_everywhere
-  assert sorted(parts - {'label_maps'}) == nets_left
+  assert ('painter' in parts) == (method.head != 'direct')
+  assert sorted(parts - {'label_maps', 'painter'}) == nets_left
   assert ('identity_encoder' in state.params) == (notes['eid'] != 'none')
   assert method.notes == notes
 
@@ -232,30 +233,43 @@ def test_label_and_both_encoders_reach_the_video(tiny):
 
 
 def test_a_flow_fetches_pixels(tiny):
-  method, _, batch = tiny
-  image = batch['video'][:, 0]
-  said = np.zeros((2, method.num_frames, 16, 16, 5), np.float32)
-  still = method._show(image, said)
-  np.testing.assert_allclose(
-    still, np.repeat(image[:, None], method.num_frames, 1), atol=1e-5
-  )
-  # One pixel to the right: 2 / 15 of the width, in units of a quarter.
-  said[..., 3] = 4 * 2 / 15
-  said[..., 0] = 0.25
-  moved = method._show(image, said)
-  expected = image[:, None, :, 1:] + np.array([0.25, 0, 0])
-  np.testing.assert_allclose(moved[:, :1, :, :-1], expected, atol=1e-5)
-
-
-def test_a_small_decoder_says_the_colours_of_every_pixel(tiny):
-  method = make(dec_size=8, head='residual')
   image = tiny[2]['video'][:, 0]
+  flow = np.zeros((2, 3, 16, 16, 2), np.float32)
+  still = nets.move(image, flow)
+  expected = np.repeat(image[:, None], 3, 1)
+  np.testing.assert_allclose(still, expected, atol=1e-5)
+  # One pixel to the right: 2 / 15 of the width, in units of a quarter.
+  flow[..., 0] = 4 * 2 / 15
+  for moved in (nets.move(image, flow), nets.move(image, flow, 4)):
+    np.testing.assert_allclose(
+      moved[..., :-1, :], expected[..., 1:, :], atol=1e-5
+    )
+
+
+def test_a_small_decoder_says_the_colours_of_every_pixel():
   said = np.zeros((2, 8, 8, 8, 12), np.float32)
   said[0, 3, 5, 6, 2 * 3 + 1] = 0.5  # lower left of four pixels, green
-  added = method._show(image, said) - image[:, None]
   expected = np.zeros((2, 8, 16, 16, 3))
   expected[0, 3, 11, 12, 1] = 0.5
-  np.testing.assert_allclose(added, expected, atol=1e-6)
+  np.testing.assert_array_equal(nets.unfold(said, 2), expected)
+  np.testing.assert_array_equal(nets.fold(expected, 2), said)
+
+
+def test_a_painter_sees_near_pixels_and_hints_alone():
+  net = nets.Painter(width=4, detail=2)
+  frames = np.random.default_rng(0).normal(size=(1, 2, 32, 32, 3))
+  hints = np.random.default_rng(1).normal(size=(1, 2, 16, 16, 5))
+  params = net.init(KEY, frames, hints)
+  params = jax.tree.map(lambda x: x + 0.1, params)
+  painted = net.apply(params, frames, hints)
+  assert painted.shape == (1, 2, 16, 16, 12)
+  frames[0, 1, 8, 8, 0] += 1  # of place 4, 4
+  change = np.abs(net.apply(params, frames, hints) - painted).max((0, -1))
+  assert change[0].max() == 0  # no frame sees another
+  assert change[1, 4, 4] > 0
+  assert change[1, 8:].max() == change[1, :, 8:].max() == 0
+  hints[0, 0, 15, 15, 2] += 1
+  assert np.abs(net.apply(params, frames, hints) - painted)[0, 0].max() > 0
 
 
 def test_a_small_discriminator_sees_means_of_cells(tiny):

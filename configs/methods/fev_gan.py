@@ -68,6 +68,7 @@ def _model(preset, image_size):
     dec_size=0,                   # side that it works at; 0: image_size
     head='direct',                # residual, warp
     flow_size=0,                  # side of the flow of warp; 0: the decoder's
+    painter_width=0,              # of a net that sees what y is added to
     norm='batch',                 # or group, which needs no large batches
     label_everywhere=False,       # learns its maps, changes every layer
     discriminator_width=64,
@@ -92,11 +93,12 @@ def _model(preset, image_size):
       'eid_width': net['width'], 'dec_arch': 'up16', 'head': 'warp',
       'dec_width': 64, 'norm': 'group', 'ema_decay': 0.999,
       'eid_dropout': 0.5, 'lambda_gan': 0.25, 'label_everywhere': True,
+      'painter_width': 32,
     }
   if preset == 'tiny':
     model |= dict(
       num_frames=image_size // 2, es_width=4, dec_width=4,
-      discriminator_width=4,
+      discriminator_width=4, painter_width=4,
     )
   return model
 
@@ -114,7 +116,8 @@ def shrink(stage):
     model.flow_size = 16
   model.lambda_gan = min(model.lambda_gan, 0.05)
   for name, most in dict(
-    dec_width=32, es_width=32, discriminator_width=8, n_id_frames=2
+    dec_width=32, es_width=32, discriminator_width=8, n_id_frames=2,
+    painter_width=16,
   ).items():
     model[name] = min(model[name], most)
   stage.optim.generator.lr *= 2

@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange, reduce
+from einops import rearrange
 
 from hatjax import lips, losses, optim, settings, warp
 from hatjax import metrics as metrics_lib
@@ -26,12 +26,6 @@ from hatjax.nets import vgg
 # Where E_id's weights come from: the released VGG-Face; a net trained on the
 # training subjects (`identity_encoder`); nowhere, an ablation.
 SOURCES = ('vgg_face', 'trained', 'random')
-
-
-def _cell_means(video, cell):
-  return reduce(
-    video, 'b t (h i) (w j) c -> b t h w c', 'mean', i=cell, j=cell
-  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,6 +54,7 @@ class FEVGAN:
   dec_size: int = 0
   head: str = 'direct'
   flow_size: int = 0
+  painter_width: int = 0
   norm: str = 'batch'
   label_everywhere: bool = False
   discriminator_width: int = 64
@@ -175,12 +170,13 @@ class FEVGAN:
   @property
   def generator(self):
     """E_s and G_dec."""
-    size = self.dec_size or self.image_size
     return nets.Generator(
-      image_size=size, num_frames=self.num_frames,
+      image_size=self.image_size, num_frames=self.num_frames,
       num_labels=self.num_labels, grid=self.grid, spatial=self.use_spatial,
       dropout=self.eid_dropout, es_width=self.es_width, dec_arch=self.dec_arch,
-      dec_width=self.dec_width, head=self.head, detail=self.image_size // size,
+      dec_width=self.dec_width, dec_size=self.dec_size or self.image_size,
+      head=self.head, flow_size=self.flow_size,
+      painter_width=self.painter_width,
       label_everywhere=self.label_everywhere, norm_kind=self.norm,
       axis_name=self.axis_name, dtype=jnp.dtype(self.dtype),
     )
@@ -302,34 +298,12 @@ class FEVGAN:
   def _generate(self, params, stats, image, faces, label, rng=None):
     """(video [B, T, S, S, 3], moments of the batch norms); trains if `rng`."""
     identity = self._join(faces) if self.use_identity else None
-    said, new = self.generator.apply(
+    video, new = self.generator.apply(
       {'params': params, 'batch_stats': stats}, image, identity, label,
       rng is not None, rngs=None if rng is None else {'dropout': rng},
       mutable=['batch_stats'],
     )
-    return self._show(image, said), new.get('batch_stats', {})
-
-  def _show(self, image, said):
-    """The head: what the decoder says [B, T, S, S, C] -> frames."""
-    size, detail = self.image_size, self.image_size // said.shape[2]
-    colours = rearrange(
-      said[..., : 3 * detail**2], 'b t h w (i j c) -> b t (h i) (w j) c',
-      i=detail, j=detail,
-    )
-    if self.head == 'direct':
-      return jnp.tanh(colours)
-    if self.head == 'residual':
-      return image[:, None] + colours
-    b, t = said.shape[:2]
-    # In units of an eighth of the picture.
-    flow = said[..., 3 * detail**2 :]
-    cell = flow.shape[2] // (self.flow_size or flow.shape[2])
-    flow = nets.resize(_cell_means(flow, cell), size)
-    where = warp.grid(size, size) + 0.25 * flow
-    moved = warp.warp_frames(
-      image, where.reshape(b, t * size, size, 2), 'gather'
-    ).reshape(b, t, size, size, 3)
-    return moved + colours
+    return video, new.get('batch_stats', {})
 
   def discriminator_loss(self, params, fake, batch):
     """-log D(Y, L) - log(1 - D(Y^, L)), halved (eq. 3 as it is meant)."""
@@ -343,7 +317,7 @@ class FEVGAN:
   def _shown(self, video):
     """What the discriminator sees: where it is small, means of cells."""
     size = self.discriminator_size or self.image_size
-    return _cell_means(video, self.image_size // size)
+    return nets.cell_means(video, self.image_size // size)
 
   def _judge(self, params, video, label):
     logits, _ = self.discriminator.apply(

@@ -10,8 +10,9 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 
+from hatjax import warp
 from hatjax.nets import layers
 
 DECODERS = ('down4', 'up16')
@@ -20,12 +21,54 @@ HEADS = ('direct', 'residual', 'warp')
 INJECTIONS = ('input', 'first')
 STD = 0.01
 LABEL_MAPS = 32  # of a label that has learned where on the face it acts
+HINTS = 16  # maps by which the decoder tells the painter what to paint
 
 
 def resize(images, size):
   """[..., S, S, C] -> [..., size, size, C], bilinear."""
   shape = (*images.shape[:-3], size, size, images.shape[-1])
   return jax.image.resize(images, shape, 'bilinear')
+
+
+def cell_means(video, cell):
+  """[B, T, S, S, C] -> [B, T, S/cell, S/cell, C]."""
+  return reduce(
+    video, 'b t (h i) (w j) c -> b t h w c', 'mean', i=cell, j=cell
+  )
+
+
+def fold(frames, detail):
+  """[B, T, S, S, C] -> [B, T, S/detail, S/detail, detail^2 C]."""
+  return rearrange(
+    frames, 'b t (h i) (w j) c -> b t h w (i j c)', i=detail, j=detail
+  )
+
+
+def unfold(maps, detail):
+  """The inverse of `fold`."""
+  return rearrange(
+    maps, 'b t h w (i j c) -> b t (h i) (w j) c', i=detail, j=detail
+  )
+
+
+def move(image, flow, flow_size=0):
+  """Fetches every pixel of a frame from where a flow says.
+
+  Args:
+    image: [B, S, S, 3].
+    flow: [B, T, s, s, 2], x and y in units of an eighth of the picture.
+    flow_size: side of the flow that is used, of cell means; 0: s.
+
+  Returns:
+    [B, T, S, S, 3].
+  """
+  (b, t), size = flow.shape[:2], image.shape[1]
+  flow = cell_means(flow, flow.shape[2] // (flow_size or flow.shape[2]))
+  where = warp.grid(size, size) + 0.25 * resize(flow, size)
+  moved = warp.warp_frames(
+    image, where.reshape(b, t * size, size, 2), 'gather'
+  )
+  return moved.reshape(b, t, size, size, 3)
 
 
 def one_hot_maps(label, num_labels, shape, dtype):
@@ -174,9 +217,10 @@ class Decoder(_Net):
 
   def _say(self, x, label):
     """x [B, ..., C], scaled and shifted by what a label has learned."""
-    change = layers.Embed(
+    # A label is seen every few steps: its part learns faster for being scaled.
+    change = 5 * layers.Embed(
       self.num_labels, 2 * x.shape[-1],
-      embedding_init=nn.initializers.normal(0.1),
+      embedding_init=nn.initializers.normal(0.02),
     )(label).astype(x.dtype)
     change = jnp.expand_dims(change, tuple(range(1, x.ndim - 1)))
     scale, shift = jnp.split(change, 2, -1)
@@ -200,16 +244,44 @@ class Decoder(_Net):
     return rearrange(x, '(b h w) t c -> b t h w c', b=b, h=h)
 
 
+class Painter(_Net):
+  """What is added to frames, of the frames and the decoder's hints.
+
+  A decoder alone has to say where a mouth is to a pixel; convolutions that see
+  the mouth need not.
+  """
+
+  width: int = 32
+  detail: int = 1
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, frames, hints):
+    """[B, T, S, S, 3], [B, T, s, s, C] -> [B, T, s, s, 3 detail^2]."""
+    x = jnp.concatenate([fold(frames, self.detail), hints], -1)
+    x = rearrange(x, 'b t h w c -> (b t) h w c').astype(self.dtype)
+    for _ in range(2):
+      x = layers.leaky_relu(layers.Conv(
+        self.width, kernel_init=nn.initializers.he_normal(), dtype=self.dtype
+      )(x))
+    x = self.conv(3 * self.detail**2)(x)
+    return x.reshape(*hints.shape[:-1], -1).astype(jnp.float32)
+
+
 class Generator(nn.Module):
-  """E_s and G_dec; what the decoder makes, as frames.
+  """E_s, G_dec and what makes frames of the decoder's words.
 
   Attributes:
     spatial: whether E_s is there.
     dropout: share of E_id's maps that a training step leaves out, so that the
       decoder does not learn the training subjects by heart.
+    dec_size: side that the decoder works at; each of its places says the
+      colours of several pixels.
     head: 'direct' (tanh); 'residual' (input + y); 'warp' (the input, each of
       its pixels fetched from where a flow of the decoder says, + y).
-    detail: every place of the decoder says the colours of detail^2 pixels.
+    flow_size: side of that flow; 0: the decoder's.
+    painter_width: of a net that sees the frames to which y is added and says a
+      part of it; 0, and with the head 'direct': none.
     label_everywhere: a label learns maps of its own, where else it is a map of
       ones among hundreds, and changes every layer of the decoder.
   """
@@ -223,8 +295,10 @@ class Generator(nn.Module):
   es_width: int = 128
   dec_arch: str = 'down4'
   dec_width: int = 128
+  dec_size: int = 64
   head: str = 'direct'
-  detail: int = 1
+  flow_size: int = 0
+  painter_width: int = 0
   label_everywhere: bool = False
   norm_kind: str = 'batch'
   axis_name: str | None = None
@@ -241,8 +315,7 @@ class Generator(nn.Module):
       train: batch norms use the batch's own statistics and note them.
 
     Returns:
-      What the decoder says, float32 [B, T, S, S, 3 detail^2 (+ 2)]: colours
-      and, of the head 'warp', the flow.
+      float32 [B, T, S, S, 3].
     """
     common = dict(
       norm_kind=self.norm_kind, axis_name=self.axis_name, dtype=self.dtype
@@ -266,13 +339,26 @@ class Generator(nn.Module):
     else:
       label_maps = one_hot_maps(label, self.num_labels, shape, self.dtype)
     maps.append(label_maps.astype(self.dtype))
-    return Decoder(
-      self.image_size, self.num_frames, self.dec_arch, self.dec_width,
-      3 * self.detail**2 + 2 * (self.head == 'warp'), self.num_labels,
-      name='decoder', **common,
+    detail = self.image_size // self.dec_size
+    counts = (3 * detail**2, 2 * (self.head == 'warp'))
+    paints = self.painter_width > 0 and self.head != 'direct'
+    said = Decoder(
+      self.dec_size, self.num_frames, self.dec_arch, self.dec_width,
+      sum(counts) + HINTS * paints, self.num_labels, name='decoder', **common,
     )(
       jnp.concatenate(maps, -1), train, label if self.label_everywhere else None
     )
+    colours, flow, hints = jnp.split(said, (counts[0], sum(counts)), -1)
+    if self.head == 'direct':
+      return jnp.tanh(unfold(colours, detail))
+    frames = image[:, None]
+    if self.head == 'warp':
+      frames = move(image, flow, self.flow_size)
+    if paints:
+      frames = jnp.broadcast_to(frames, (*flow.shape[:2], *image.shape[1:]))
+      painter = Painter(self.painter_width, detail, self.dtype, name='painter')
+      colours += painter(frames, hints)
+    return frames + unfold(colours, detail)
 
 
 class Discriminator(_Net):
