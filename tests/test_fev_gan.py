@@ -270,6 +270,9 @@ def test_a_painter_sees_near_pixels_and_hints_alone():
   assert change[1, 8:].max() == change[1, :, 8:].max() == 0
   hints[0, 0, 15, 15, 2] += 1
   assert np.abs(net.apply(params, frames, hints) - painted)[0, 0].max() > 0
+  told = net.init(KEY, frames, hints, np.array([0]))
+  told = [net.apply(told, frames, hints, np.array([k])) for k in (0, 1)]
+  assert np.abs(told[0] - told[1]).max() > 0
 
 
 def test_a_small_discriminator_sees_means_of_cells(tiny):

@@ -137,6 +137,19 @@ class _Net(nn.Module):
       features, kernel_init=layers.normal_init(STD), dtype=self.dtype, **kwargs
     )
 
+  def say(self, x, label):
+    """x [B, ..., C], scaled and shifted by what a label has learned."""
+    if label is None:
+      return x
+    # A label is seen every few steps: its part learns faster for being scaled.
+    change = 5 * layers.Embed(
+      self.num_labels, 2 * x.shape[-1],
+      embedding_init=nn.initializers.normal(0.02),
+    )(label).astype(x.dtype)
+    change = jnp.expand_dims(change, tuple(range(1, x.ndim - 1)))
+    scale, shift = jnp.split(change, 2, -1)
+    return x * (1 + scale) + shift
+
   def norm(self):
     return Norm(self.norm_kind, self.axis_name, self.dtype)
 
@@ -194,7 +207,7 @@ class Decoder(_Net):
     """[B, g, g, C], int32 [B] or None -> [B, T, S, S, out_channels]."""
     def block(x):
       x = self.norm()(x, train)
-      return nn.relu(x if label is None else self._say(x, label))
+      return nn.relu(self.say(x, label))
 
     if self.arch == 'down4':
       x = block(self.conv(8 * self.width, kernel=4, stride=2)(x))
@@ -214,17 +227,6 @@ class Decoder(_Net):
       )
       x = x if last else block(x)
     return x.astype(jnp.float32)
-
-  def _say(self, x, label):
-    """x [B, ..., C], scaled and shifted by what a label has learned."""
-    # A label is seen every few steps: its part learns faster for being scaled.
-    change = 5 * layers.Embed(
-      self.num_labels, 2 * x.shape[-1],
-      embedding_init=nn.initializers.normal(0.02),
-    )(label).astype(x.dtype)
-    change = jnp.expand_dims(change, tuple(range(1, x.ndim - 1)))
-    scale, shift = jnp.split(change, 2, -1)
-    return x * (1 + scale) + shift
 
   def _two_frames(self, x, features, kernel):
     """Transposed convolution (2, k, k) of one frame: [B, 2, h+k-1, ..]."""
@@ -253,19 +255,34 @@ class Painter(_Net):
 
   width: int = 32
   detail: int = 1
+  num_labels: int = 6
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, frames, hints):
-    """[B, T, S, S, 3], [B, T, s, s, C] -> [B, T, s, s, 3 detail^2]."""
+  def __call__(self, frames, hints, label=None):
+    """Paints.
+
+    Args:
+      frames: [B, T, S, S, 3].
+      hints: [B, T, S/detail, S/detail, C].
+      label: int32 [B], scales and shifts the channels of every layer; or None.
+
+    Returns:
+      float32 [B, T, S/detail, S/detail, 3 detail^2], see `unfold`.
+    """
+    clips, pictures = hints.shape[:2], (-1, *hints.shape[2:4])
     x = jnp.concatenate([fold(frames, self.detail), hints], -1)
-    x = rearrange(x, 'b t h w c -> (b t) h w c').astype(self.dtype)
-    for _ in range(2):
-      x = layers.leaky_relu(layers.Conv(
-        self.width, kernel_init=nn.initializers.he_normal(), dtype=self.dtype
-      )(x))
-    x = self.conv(3 * self.detail**2)(x)
-    return x.reshape(*hints.shape[:-1], -1).astype(jnp.float32)
+    x = x.astype(self.dtype)
+    for i in range(2):
+      shape = (3, 3, x.shape[-1], self.width)
+      kernel = self.param(f'kernel_{i}', nn.initializers.he_normal(), shape)
+      x = layers.correlate(
+        x.reshape(*pictures, shape[2]), kernel.astype(self.dtype), 1
+      )
+      x = self.say(x.reshape(*clips, *x.shape[1:]), label)
+      x = layers.leaky_relu(x)
+    x = self.conv(3 * self.detail**2)(x.reshape(*pictures, self.width))
+    return x.reshape(*clips, *x.shape[1:]).astype(jnp.float32)
 
 
 class Generator(nn.Module):
@@ -339,15 +356,14 @@ class Generator(nn.Module):
     else:
       label_maps = one_hot_maps(label, self.num_labels, shape, self.dtype)
     maps.append(label_maps.astype(self.dtype))
+    label = label if self.label_everywhere else None
     detail = self.image_size // self.dec_size
     counts = (3 * detail**2, 2 * (self.head == 'warp'))
     paints = self.painter_width > 0 and self.head != 'direct'
     said = Decoder(
       self.dec_size, self.num_frames, self.dec_arch, self.dec_width,
       sum(counts) + HINTS * paints, self.num_labels, name='decoder', **common,
-    )(
-      jnp.concatenate(maps, -1), train, label if self.label_everywhere else None
-    )
+    )(jnp.concatenate(maps, -1), train, label)
     colours, flow, hints = jnp.split(said, (counts[0], sum(counts)), -1)
     if self.head == 'direct':
       return jnp.tanh(unfold(colours, detail))
@@ -356,8 +372,9 @@ class Generator(nn.Module):
       frames = move(image, flow, self.flow_size)
     if paints:
       frames = jnp.broadcast_to(frames, (*flow.shape[:2], *image.shape[1:]))
-      painter = Painter(self.painter_width, detail, self.dtype, name='painter')
-      colours += painter(frames, hints)
+      colours += Painter(
+        self.painter_width, detail, self.num_labels, self.dtype, name='painter'
+      )(frames, hints, label)
     return frames + unfold(colours, detail)
 
 
