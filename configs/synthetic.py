@@ -55,7 +55,7 @@ def _size_fev_gan(stage):
     stage.train.num_steps = 50_000
     return
   fev_gan.shrink(stage)
-  stage.model.lambda_lips = 60.0
+  stage.model.lambda_lips = 20.0
   stage.train.update(num_steps=600, ckpt_every=100, sample_every=100)
 
 
