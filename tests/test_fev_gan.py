@@ -283,6 +283,24 @@ def test_a_small_discriminator_sees_means_of_cells(tiny):
   np.testing.assert_array_equal(make()._shown(video), video)
 
 
+@pytest.mark.parametrize('space', [True, False])
+def test_what_stands_still_does_so_to_the_ends(space):
+  class Double(nets.Decoder):
+    @nets.nn.compact
+    def __call__(self, x):
+      return self._double(x, 5, True, space)
+
+  x = np.random.default_rng(0).normal(size=(1, 1, 4, 4, 3))
+  x = np.repeat(x.astype(np.float32), 3, 1)
+  ends = {}
+  for hold in (True, False):
+    y, _ = Double(hold_ends=hold).init_with_output(KEY, x)
+    # Odd and even frames have kernels of their own.
+    ends[hold] = np.abs(y[:, :2] - y[:, 2:4]).max()
+    ends[hold] += np.abs(y[:, -2:] - y[:, 2:4]).max()
+  assert ends[True] < 1e-6 < 1e-3 < ends[False]
+
+
 def test_a_label_changes_every_layer_of_the_decoder():
   net = nets.Decoder(8, 4, 'up16', 4)
   x = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)

@@ -71,6 +71,7 @@ def _model(preset, image_size):
     painter_width=0,              # of a net that sees what y is added to
     norm='batch',                 # or group, which needs no large batches
     label_everywhere=False,       # learns its maps, changes every layer
+    hold_ends=False,              # first and last frame go on beyond the video
     discriminator_width=64,
     discriminator_size=0,         # side of the frames it sees; 0: image_size
     label_inject='first',         # after D's first layer; input
@@ -93,7 +94,7 @@ def _model(preset, image_size):
       'eid_width': net['width'], 'dec_arch': 'up16', 'head': 'warp',
       'dec_width': 64, 'norm': 'group', 'ema_decay': 0.999,
       'eid_dropout': 0.5, 'lambda_gan': 0.25, 'label_everywhere': True,
-      'painter_width': 32,
+      'painter_width': 32, 'hold_ends': True,
     }
   if preset == 'tiny':
     model |= dict(

@@ -57,6 +57,7 @@ class FEVGAN:
   painter_width: int = 0
   norm: str = 'batch'
   label_everywhere: bool = False
+  hold_ends: bool = False
   discriminator_width: int = 64
   discriminator_size: int = 0
   label_inject: str = 'first'
@@ -177,8 +178,9 @@ class FEVGAN:
       dec_width=self.dec_width, dec_size=self.dec_size or self.image_size,
       head=self.head, flow_size=self.flow_size,
       painter_width=self.painter_width,
-      label_everywhere=self.label_everywhere, norm_kind=self.norm,
-      axis_name=self.axis_name, dtype=jnp.dtype(self.dtype),
+      label_everywhere=self.label_everywhere, hold_ends=self.hold_ends,
+      norm_kind=self.norm, axis_name=self.axis_name,
+      dtype=jnp.dtype(self.dtype),
     )
 
   @property

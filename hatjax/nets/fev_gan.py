@@ -190,6 +190,8 @@ class Decoder(_Net):
   Attributes:
     num_labels: with labels given, each scales and shifts the channels of every
       layer.
+    hold_ends: before the first frame and after the last one those two go on,
+      not zeros, with which both see half as much as the others.
   """
 
   image_size: int = 64
@@ -198,6 +200,7 @@ class Decoder(_Net):
   width: int = 128
   out_channels: int = 3
   num_labels: int = 6
+  hold_ends: bool = False
   norm_kind: str = 'batch'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
@@ -235,6 +238,12 @@ class Decoder(_Net):
 
   def _double(self, x, features, time, space):
     """k4 s2 p1, transposed, along time, space or both."""
+    if time and self.hold_ends:
+      x = jnp.concatenate([x[:, :1], x, x[:, -1:]], 1)
+      return self._double_all(x, features, time, space)[:, 2:-2]
+    return self._double_all(x, features, time, space)
+
+  def _double_all(self, x, features, time, space):
     conv = lambda nd: self.conv(features, kernel=4, stride=-2, nd=nd)
     if time and space:
       return conv(3)(x)
@@ -301,6 +310,7 @@ class Generator(nn.Module):
       part of it; 0, and with the head 'direct': none.
     label_everywhere: a label learns maps of its own, where else it is a map of
       ones among hundreds, and changes every layer of the decoder.
+    hold_ends: see Decoder.
   """
 
   image_size: int = 64
@@ -317,6 +327,7 @@ class Generator(nn.Module):
   flow_size: int = 0
   painter_width: int = 0
   label_everywhere: bool = False
+  hold_ends: bool = False
   norm_kind: str = 'batch'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
@@ -362,7 +373,8 @@ class Generator(nn.Module):
     paints = self.painter_width > 0 and self.head != 'direct'
     said = Decoder(
       self.dec_size, self.num_frames, self.dec_arch, self.dec_width,
-      sum(counts) + HINTS * paints, self.num_labels, name='decoder', **common,
+      sum(counts) + HINTS * paints, self.num_labels, self.hold_ends,
+      name='decoder', **common,
     )(jnp.concatenate(maps, -1), train, label)
     colours, flow, hints = jnp.split(said, (counts[0], sum(counts)), -1)
     if self.head == 'direct':
