@@ -8,6 +8,8 @@ import pathlib
 import subprocess
 import sys
 
+from hatjax import workdir
+
 # Method -> variant -> (method trained, settings). The first variant is what the
 # others are compared with.
 VARIANTS = {
@@ -92,13 +94,28 @@ def train(config, root, num_steps, data_dir=None):
   """Trains all variants, or what is left of them.
 
   Raises:
-    ValueError: one failed; names it and what to type.
+    ValueError: one failed or was stopped; names it and what to type.
   """
+  root = pathlib.Path(root)
   for name, args in commands(config, root, num_steps, data_dir).items():
     print(f'\n{name}: python -m hatjax.train {" ".join(args)}', flush=True)
     done = subprocess.run([sys.executable, '-m', 'hatjax.train', *args])
     if done.returncode:
       raise ValueError(
         f'Training {name} ended with code {done.returncode} (see above). Run '
+        'the same command again to go on.'
+      )
+    _check_done(name, root / name)
+
+
+def _check_done(name, folder):
+  """One that was stopped has saved and ends well, but must not be compared."""
+  config = workdir.read_config(folder)
+  for stage in config['stages']:
+    step = max(workdir.list_steps(folder / stage), default=0)
+    last = config[stage]['train']['num_steps']
+    if step < last:
+      raise ValueError(
+        f'Training {name} was stopped at step {step} of {last} of {stage}. Run '
         'the same command again to go on.'
       )

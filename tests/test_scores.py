@@ -207,6 +207,25 @@ def test_ablations_share_what_is_trained_once():
   assert ablation.folders('c.py:fev_gan', 'r').keys() | {'judge'} == fev.keys()
 
 
+def test_an_ablation_ends_where_a_training_was_stopped(tmp_path, monkeypatch):
+  begun = []
+
+  def run(command):
+    folder = tmp_path / f'{command[command.index("--workdir") + 1]}'
+    begun.append(folder.name)
+    stage = 'face_classifier' if folder.name == 'judge' else 'hat_cgan'
+    step = 4 if folder.name == 'resnet_6' else 7
+    (folder / stage / 'checkpoints' / f'{step}').mkdir(parents=True)
+    config = {'stages': [stage], stage: {'train': {'num_steps': 7}}}
+    (folder / 'config.json').write_text(json.dumps(config))
+    return types.SimpleNamespace(returncode=0)
+
+  monkeypatch.setattr(ablation.subprocess, 'run', run)
+  with pytest.raises(ValueError, match='resnet_6 was stopped at step 4 of 7'):
+    ablation.train('configs/synthetic.py', tmp_path, 7)
+  assert begun == ['judge', 'base', 'resnet_6']
+
+
 def test_weights_are_listed_with_all_that_one_must_know(
   tmp_path, monkeypatch, capsys
 ):
