@@ -13,7 +13,8 @@ NAMES = ('adam', 'swats')
 def make_tx(
   lr=2e-4, b1=0.5, b2=0.999, eps=1e-8, schedule='constant',
   constant_steps=0, decay_steps=0, warmup_steps=0, steps_per_epoch=1,
-  name='adam', swats_tol=1e-9, swats_relative_tol=0.0, switch_at_step=0,
+  num_steps=0, name='adam', swats_tol=1e-9, swats_relative_tol=0.0,
+  switch_at_step=0,
 ):
   """Adam, or SWATS, with a schedule; lengths are in steps.
 
@@ -26,9 +27,10 @@ def make_tx(
       after `constant_steps`; 'epochs', the released code's staircase, where
       the same two lengths are counted in epochs of `steps_per_epoch`.
     constant_steps: before the decay.
-    decay_steps: length of the decay.
+    decay_steps: length of the decay; 0: up to `num_steps`.
     warmup_steps: linear from 0 before all that.
     steps_per_epoch: for 'epochs'.
+    num_steps: of the training.
     name: 'adam' or 'swats', which begins as Adam; see `swats`.
     swats_tol: see `swats`.
     swats_relative_tol: see `swats`.
@@ -48,6 +50,8 @@ def make_tx(
     raise ValueError(
       f'optim.schedule is {schedule!r}. Choose one of: {", ".join(SCHEDULES)}.'
     )
+  if schedule in ('linear', 'cosine') and not decay_steps:
+    decay_steps = num_steps - constant_steps
   if schedule != 'constant' and decay_steps <= 0:
     raise ValueError(f'optim.schedule {schedule!r} needs decay_steps > 0.')
   if schedule == 'constant':

@@ -283,6 +283,17 @@ def test_a_small_discriminator_sees_means_of_cells(tiny):
   np.testing.assert_array_equal(make()._shown(video), video)
 
 
+def test_weights_start_by_their_fan_in_where_told():
+  he = pytest.approx((2 / (9 * 40)) ** 0.5, rel=0.05)
+  normal = pytest.approx(nets.STD, rel=0.1)
+  for init, std in (('normal', normal), ('he', he)):
+    net = nets.Decoder(16, 8, 'up16', 16, init_kind=init)
+    params = net.init(KEY, np.zeros((1, 14, 14, 40), np.float32))['params']
+    first, *_, last = (p['kernel'] for n, p in params.items() if 'Conv' in n)
+    assert first.std() == std
+    assert last.std() == normal
+
+
 @pytest.mark.parametrize('space', [True, False])
 def test_what_stands_still_does_so_to_the_ends(space):
   class Double(nets.Decoder):

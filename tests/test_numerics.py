@@ -249,8 +249,9 @@ def test_make_tx_is_adam_by_hand():
   np.testing.assert_allclose(update, expected, rtol=1e-4)
 
 
-def test_linear_schedule_ends_at_zero_and_bad_ones_are_refused():
-  tx = optim.make_tx(schedule='linear', constant_steps=2, decay_steps=2)
+@pytest.mark.parametrize('length', [{'decay_steps': 2}, {'num_steps': 4}])
+def test_linear_schedule_ends_at_zero_and_bad_ones_are_refused(length):
+  tx = optim.make_tx(schedule='linear', constant_steps=2, **length)
   params, state, sizes = jnp.ones(()), None, []
   state = tx.init(params)
   for _ in range(5):

@@ -71,6 +71,7 @@ def _model(preset, image_size):
     painter_width=0,              # of a net that sees what y is added to
     norm='batch',                 # or group, which needs no large batches
     label_everywhere=False,       # learns its maps, changes every layer
+    init_weights='normal',        # N(0, 0.01); or he
     hold_ends=False,              # first and last frame go on beyond the video
     discriminator_width=64,
     discriminator_size=0,         # side of the frames it sees; 0: image_size
@@ -94,7 +95,7 @@ def _model(preset, image_size):
       'eid_width': net['width'], 'dec_arch': 'up16', 'head': 'warp',
       'dec_width': 64, 'norm': 'group', 'ema_decay': 0.999,
       'eid_dropout': 0.5, 'lambda_gan': 0.25, 'label_everywhere': True,
-      'painter_width': 32, 'hold_ends': True,
+      'painter_width': 32, 'hold_ends': True, 'init_weights': 'he',
     }
   if preset == 'tiny':
     model |= dict(
@@ -114,7 +115,7 @@ def shrink(stage):
   # The flow is smooth; the discriminator, else, takes half the time.
   if model.image_size == 64:
     model.dec_size = model.discriminator_size = 32
-    model.flow_size = 16
+    model.flow_size = 8
   model.lambda_gan = min(model.lambda_gan, 0.05)
   for name, most in dict(
     dec_width=32, es_width=32, discriminator_width=8, n_id_frames=2,

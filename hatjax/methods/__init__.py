@@ -64,8 +64,9 @@ def make(stage, steps_per_epoch=1, **model):
   """Builds the method of a stage from its config blocks.
 
   Args:
-    stage: mapping with `method`, `model` (keyword arguments of the class) and
-      `optim` (net name -> keyword arguments of `optim.make_tx`).
+    stage: mapping with `method`, `model` (keyword arguments of the class),
+      `optim` (net name -> keyword arguments of `optim.make_tx`) and, for decays
+      as long as the training, `train`.
     steps_per_epoch: for schedules that count in epochs.
     **model: model settings known from the data, such as num_labels; those of
       the config win, unless they are -1.
@@ -92,7 +93,10 @@ def make(stage, steps_per_epoch=1, **model):
     raise ValueError(
       f'Unknown setting model.{unknown[0]}. {name} has: {known}.'
     )
-  tx = {}
+  tx, train = {}, dict(stage.get('train', {}))
+  lengths = dict(
+    steps_per_epoch=steps_per_epoch, num_steps=train.get('num_steps', 0)
+  )
   for net, block in dict(stage['optim']).items():
     known = inspect.signature(optim.make_tx).parameters
     for key in block:
@@ -100,9 +104,7 @@ def make(stage, steps_per_epoch=1, **model):
         raise ValueError(
           f'Unknown setting optim.{net}.{key}. It has: {", ".join(known)}.'
         )
-    tx[net] = optim.make_tx(
-      **{'steps_per_epoch': steps_per_epoch, **dict(block)}
-    )
+    tx[net] = optim.make_tx(**{**lengths, **dict(block)})
   return cls(tx=tx, **settings)
 
 

@@ -58,6 +58,7 @@ class FEVGAN:
   norm: str = 'batch'
   label_everywhere: bool = False
   hold_ends: bool = False
+  init_weights: str = 'normal'
   discriminator_width: int = 64
   discriminator_size: int = 0
   label_inject: str = 'first'
@@ -79,6 +80,7 @@ class FEVGAN:
       model__dec_arch=(self.dec_arch, nets.DECODERS),
       model__head=(self.head, nets.HEADS),
       model__norm=(self.norm, nets.NORMS),
+      model__init_weights=(self.init_weights, nets.INITS),
       model__label_inject=(self.label_inject, nets.INJECTIONS),
       model__dtype=(self.dtype, settings.DTYPES),
     )
@@ -179,8 +181,8 @@ class FEVGAN:
       head=self.head, flow_size=self.flow_size,
       painter_width=self.painter_width,
       label_everywhere=self.label_everywhere, hold_ends=self.hold_ends,
-      norm_kind=self.norm, axis_name=self.axis_name,
-      dtype=jnp.dtype(self.dtype),
+      init_kind=self.init_weights, norm_kind=self.norm,
+      axis_name=self.axis_name, dtype=jnp.dtype(self.dtype),
     )
 
   @property

@@ -2,7 +2,9 @@
 
 Images are [B, S, S, 3], videos [B, T, S, S, 3], in [-1, 1]. Both encoders end
 on one grid, g x g (14 in the paper), on which their maps and those of the label
-are joined. Weights start as N(0, 0.01), batch norms as VGAN's.
+are joined. Weights start as N(0, 0.01) or, for smaller steps in proportion, by
+their fan-in; those that make an output always as the former. Batch norms start
+as VGAN's.
 """
 
 import math
@@ -19,6 +21,7 @@ DECODERS = ('down4', 'up16')
 NORMS = ('batch', 'group')
 HEADS = ('direct', 'residual', 'warp')
 INJECTIONS = ('input', 'first')
+INITS = ('normal', 'he')
 STD = 0.01
 LABEL_MAPS = 32  # of a label that has learned where on the face it acts
 HINTS = 16  # maps by which the decoder tells the painter what to paint
@@ -132,10 +135,13 @@ def _group_norm(x, scale, bias, size, eps=1e-5):
 class _Net(nn.Module):
   """What the nets below share."""
 
-  def conv(self, features, **kwargs):
-    return layers.Conv(
-      features, kernel_init=layers.normal_init(STD), dtype=self.dtype, **kwargs
-    )
+  init_kind = 'normal'
+
+  def conv(self, features, output=False, **kwargs):
+    init = layers.normal_init(STD)
+    if self.init_kind == 'he' and not output:
+      init = nn.initializers.he_normal()
+    return layers.Conv(features, kernel_init=init, dtype=self.dtype, **kwargs)
 
   def say(self, x, label):
     """x [B, ..., C], scaled and shifted by what a label has learned."""
@@ -162,6 +168,7 @@ class SpatialEncoder(_Net):
 
   grid: int = 14
   width: int = 128
+  init_kind: str = 'normal'
   norm_kind: str = 'batch'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
@@ -201,6 +208,7 @@ class Decoder(_Net):
   out_channels: int = 3
   num_labels: int = 6
   hold_ends: bool = False
+  init_kind: str = 'normal'
   norm_kind: str = 'batch'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
@@ -226,7 +234,7 @@ class Decoder(_Net):
       last = i + 1 == max(space, time)
       features = max(features // 2, self.width if i < space else 1)
       x = self._double(
-        x, self.out_channels if last else features, i < time, i < space
+        x, self.out_channels if last else features, i < time, i < space, last
       )
       x = x if last else block(x)
     return x.astype(jnp.float32)
@@ -236,15 +244,15 @@ class Decoder(_Net):
     x = self.conv(2 * features, kernel=kernel, pad=kernel - 1)(x)
     return rearrange(x, 'b h w (t c) -> b t h w c', t=2)
 
-  def _double(self, x, features, time, space):
+  def _double(self, x, features, time, space, output=False):
     """k4 s2 p1, transposed, along time, space or both."""
     if time and self.hold_ends:
       x = jnp.concatenate([x[:, :1], x, x[:, -1:]], 1)
-      return self._double_all(x, features, time, space)[:, 2:-2]
-    return self._double_all(x, features, time, space)
+    x = self._double_all(x, features, time, space, output)
+    return x[:, 2:-2] if time and self.hold_ends else x
 
-  def _double_all(self, x, features, time, space):
-    conv = lambda nd: self.conv(features, kernel=4, stride=-2, nd=nd)
+  def _double_all(self, x, features, time, space, output):
+    conv = lambda nd: self.conv(features, output, kernel=4, stride=-2, nd=nd)
     if time and space:
       return conv(3)(x)
     b, t, h, w, _ = x.shape
@@ -265,6 +273,7 @@ class Painter(_Net):
   width: int = 32
   detail: int = 1
   num_labels: int = 6
+  init_kind: str = 'he'
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -290,7 +299,7 @@ class Painter(_Net):
       )
       x = self.say(x.reshape(*clips, *x.shape[1:]), label)
       x = layers.leaky_relu(x)
-    x = self.conv(3 * self.detail**2)(x.reshape(*pictures, self.width))
+    x = self.conv(3 * self.detail**2, True)(x.reshape(*pictures, self.width))
     return x.reshape(*clips, *x.shape[1:]).astype(jnp.float32)
 
 
@@ -311,6 +320,7 @@ class Generator(nn.Module):
     label_everywhere: a label learns maps of its own, where else it is a map of
       ones among hundreds, and changes every layer of the decoder.
     hold_ends: see Decoder.
+    init_kind: of the weights, see INITS.
   """
 
   image_size: int = 64
@@ -328,6 +338,7 @@ class Generator(nn.Module):
   painter_width: int = 0
   label_everywhere: bool = False
   hold_ends: bool = False
+  init_kind: str = 'normal'
   norm_kind: str = 'batch'
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
@@ -346,7 +357,8 @@ class Generator(nn.Module):
       float32 [B, T, S, S, 3].
     """
     common = dict(
-      norm_kind=self.norm_kind, axis_name=self.axis_name, dtype=self.dtype
+      init_kind=self.init_kind, norm_kind=self.norm_kind,
+      axis_name=self.axis_name, dtype=self.dtype,
     )
     maps = []
     if identity is not None:
