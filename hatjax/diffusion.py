@@ -308,17 +308,3 @@ def cross_fade(frames, function, window):
     yield from advance(len(held) - window)
   if held:
     yield from total / weight
-
-
-def space_to_depth(video, patch):
-  """[B, T, H, W, C] -> [B, T, H/p, W/p, p*p*C]: each patch one pixel."""
-  return rearrange(
-    video, 'b t (h p) (w q) c -> b t h w (p q c)', p=patch, q=patch
-  )
-
-
-def depth_to_space(video, patch):
-  """Inverts space_to_depth."""
-  return rearrange(
-    video, 'b t h w (p q c) -> b t (h p) (w q) c', p=patch, q=patch
-  )

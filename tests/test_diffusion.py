@@ -257,12 +257,12 @@ def test_windows_are_averaged_where_they_overlap(length):
 
 def test_patches_are_channels_and_back():
   x = normal(0, 2, 3, 8, 8, 3)
-  deep = diffusion.space_to_depth(x, 4)
+  deep = layers.space_to_depth(x, 4)
   assert deep.shape == (2, 3, 2, 2, 48)
   np.testing.assert_array_equal(
     deep[1, 2, 1, 0].reshape(4, 4, 3), x[1, 2, 4:8, 0:4]
   )
-  np.testing.assert_array_equal(diffusion.depth_to_space(deep, 4), x)
+  np.testing.assert_array_equal(layers.depth_to_space(deep, 4), x)
 
 
 # -- network -------------------------------------------------------------------

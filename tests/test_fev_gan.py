@@ -246,15 +246,6 @@ def test_a_flow_fetches_pixels(tiny):
     )
 
 
-def test_a_small_decoder_says_the_colours_of_every_pixel():
-  said = np.zeros((2, 8, 8, 8, 12), np.float32)
-  said[0, 3, 5, 6, 2 * 3 + 1] = 0.5  # lower left of four pixels, green
-  expected = np.zeros((2, 8, 16, 16, 3))
-  expected[0, 3, 11, 12, 1] = 0.5
-  np.testing.assert_array_equal(nets.unfold(said, 2), expected)
-  np.testing.assert_array_equal(nets.fold(expected, 2), said)
-
-
 def test_a_painter_sees_near_pixels_and_hints_alone():
   net = nets.Painter(width=4, detail=2)
   frames = np.random.default_rng(0).normal(size=(1, 2, 32, 32, 3))

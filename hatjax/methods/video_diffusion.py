@@ -23,6 +23,7 @@ import optax
 from hatjax import diffusion, losses, optim, settings
 from hatjax import metrics as metrics_lib
 from hatjax import state as state_lib
+from hatjax.nets import layers
 from hatjax.nets import video_diffusion as nets
 
 MODES = ('noise', 'paired')
@@ -144,7 +145,7 @@ class VideoDiffusion:
     channels = 9 if self.mode == 'paired' else 3
     video = jnp.zeros((1, 2, size, size, channels))
     params = self.denoiser.init(
-      rng, diffusion.space_to_depth(video, self.patch),
+      rng, layers.space_to_depth(video, self.patch),
       jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32),
     )['params']
     return state_lib.create(
@@ -292,10 +293,10 @@ class VideoDiffusion:
       x = jnp.concatenate([x, shown], -1)
     # The released code counts its levels from 0.
     value = self.denoiser.apply(
-      {'params': params}, diffusion.space_to_depth(x, self.patch), t - 1,
+      {'params': params}, layers.space_to_depth(x, self.patch), t - 1,
       label, isolate,
     )
-    return diffusion.depth_to_space(value, self.patch)
+    return layers.depth_to_space(value, self.patch)
 
   def _to_data(self, video, draft):
     """What is diffused: videos, or how they differ from their drafts."""

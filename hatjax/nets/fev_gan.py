@@ -40,20 +40,6 @@ def cell_means(video, cell):
   )
 
 
-def fold(frames, detail):
-  """[B, T, S, S, C] -> [B, T, S/detail, S/detail, detail^2 C]."""
-  return rearrange(
-    frames, 'b t (h i) (w j) c -> b t h w (i j c)', i=detail, j=detail
-  )
-
-
-def unfold(maps, detail):
-  """The inverse of `fold`."""
-  return rearrange(
-    maps, 'b t h w (i j c) -> b t (h i) (w j) c', i=detail, j=detail
-  )
-
-
 def move(image, flow, flow_size=0):
   """Fetches every pixel of a frame from where a flow says.
 
@@ -138,6 +124,7 @@ class _Net(nn.Module):
   init_kind = 'normal'
 
   def conv(self, features, output=False, **kwargs):
+    """One that makes an output starts small whatever `init_kind` is."""
     init = layers.normal_init(STD)
     if self.init_kind == 'he' and not output:
       init = nn.initializers.he_normal()
@@ -286,21 +273,18 @@ class Painter(_Net):
       label: int32 [B], scales and shifts the channels of every layer; or None.
 
     Returns:
-      float32 [B, T, S/detail, S/detail, 3 detail^2], see `unfold`.
+      float32 [B, T, S/detail, S/detail, 3 detail^2].
     """
-    clips, pictures = hints.shape[:2], (-1, *hints.shape[2:4])
-    x = jnp.concatenate([fold(frames, self.detail), hints], -1)
-    x = x.astype(self.dtype)
-    for i in range(2):
-      shape = (3, 3, x.shape[-1], self.width)
-      kernel = self.param(f'kernel_{i}', nn.initializers.he_normal(), shape)
-      x = layers.correlate(
-        x.reshape(*pictures, shape[2]), kernel.astype(self.dtype), 1
-      )
-      x = self.say(x.reshape(*clips, *x.shape[1:]), label)
-      x = layers.leaky_relu(x)
-    x = self.conv(3 * self.detail**2, True)(x.reshape(*pictures, self.width))
-    return x.reshape(*clips, *x.shape[1:]).astype(jnp.float32)
+    def conv(x, features, output=False):
+      pictures = rearrange(x, 'b t h w c -> (b t) h w c')
+      y = self.conv(features, output)(pictures)
+      return y.reshape(*x.shape[:-1], features)
+
+    x = layers.space_to_depth(frames, self.detail)
+    x = jnp.concatenate([x, hints], -1).astype(self.dtype)
+    for _ in range(2):
+      x = layers.leaky_relu(self.say(conv(x, self.width), label))
+    return conv(x, 3 * self.detail**2, output=True).astype(jnp.float32)
 
 
 class Generator(nn.Module):
@@ -390,7 +374,7 @@ class Generator(nn.Module):
     )(jnp.concatenate(maps, -1), train, label)
     colours, flow, hints = jnp.split(said, (counts[0], sum(counts)), -1)
     if self.head == 'direct':
-      return jnp.tanh(unfold(colours, detail))
+      return jnp.tanh(layers.depth_to_space(colours, detail))
     frames = image[:, None]
     if self.head == 'warp':
       frames = move(image, flow, self.flow_size)
@@ -399,7 +383,7 @@ class Generator(nn.Module):
       colours += Painter(
         self.painter_width, detail, self.num_labels, self.dtype, name='painter'
       )(frames, hints, label)
-    return frames + unfold(colours, detail)
+    return frames + layers.depth_to_space(colours, detail)
 
 
 class Discriminator(_Net):

@@ -12,6 +12,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 from hatjax.nets import winograd
@@ -306,6 +307,20 @@ def _filter_pays(x, *channels):
 def normal_init(std=0.02):
   """Weights ~ N(0, std), as DCGAN's."""
   return nn.initializers.normal(std)
+
+
+def space_to_depth(video, patch):
+  """[B, T, H, W, C] -> [B, T, H/p, W/p, p*p*C]: each patch one pixel."""
+  return rearrange(
+    video, 'b t (h p) (w q) c -> b t h w (p q c)', p=patch, q=patch
+  )
+
+
+def depth_to_space(video, patch):
+  """Inverts space_to_depth."""
+  return rearrange(
+    video, 'b t h w (p q c) -> b t (h p) (w q) c', p=patch, q=patch
+  )
 
 
 class Conv(nn.Module):
