@@ -37,8 +37,7 @@ def get_stage(preset, image_size, data):
     microbatches=1,               # parts of a batch, one after another
     dtype='float32',              # of the computation; or bfloat16
   )
-  stage.optim = dict(judge=dict(lr=1e-3, b1=0.9, schedule='cosine',
-                                decay_steps=1000))
+  stage.optim = dict(judge=dict(lr=1e-3, b1=0.9, schedule='cosine'))
   stage.train.update(
     num_steps=1000, ckpt_every=200, sample_every=1000, val_clips=24,
   )
