@@ -147,11 +147,11 @@ def _make_case(stage, make_runner, options):
     known = {**example, 'image': image, 'driving': clip, 'draft': clip}
     inputs = {key: known[key] for key in method.reads if key in known}
 
-  def make():
+  def make(**changes):
     method = _make_method(stage)
     if options.mode == 'generate':
       method = _Animate(method=method, num_frames=frames)
-    return make_runner(method, _prepare)
+    return make_runner(method, _prepare, **changes)
 
   batches = [_random_batch(inputs, seed) for seed in range(4)]
   case = timing.Case(make_runner=make, example=example, batches=batches)
