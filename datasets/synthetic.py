@@ -17,7 +17,6 @@ id of a clip is 0007_happy. Of 64 people the first 48 are `train`, 4 are `val`,
 import concurrent.futures
 import hashlib
 import json
-import os
 import pathlib
 import re
 
@@ -35,7 +34,7 @@ OPTIONS = {
 }
 PEOPLE = 10_000  # of one seed
 VAL, TEST = 4 / 64, 12 / 64
-NUM_WORKERS = os.cpu_count()
+NUM_WORKERS = 2
 # Seconds per frame on two cores: per frame, and per pixel.
 COST = (0.0030, 2.0e-7)
 
