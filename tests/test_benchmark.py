@@ -171,6 +171,26 @@ def test_library_calls_are_counted_before_compiling(monkeypatch):
   assert row['flops'] == pytest.approx(2 * 64 * pixels * WIDTH, rel=0.02)
 
 
+@pytest.mark.parametrize('mode', parallel.MODES)
+def test_programs_of_unknown_cost_are_counted_for_a_cpu(mode, monkeypatch):
+  # As on GPUs: nothing is known before compiling, and little after.
+  asked, count = [], jax.stages.Lowered.cost_analysis
+
+  def only_later(self):
+    asked.append(self)
+    if len(asked) == 1:
+      raise NotImplementedError
+    return count(self)
+
+  monkeypatch.setattr(jax.stages.Lowered, 'cost_analysis', only_later)
+  monkeypatch.setattr(
+    jax.stages.Compiled, 'cost_analysis', lambda self: {'flops': 10.0}
+  )
+  (row,) = run(product_config(mode, batch_size=64), devices=2)['rows']
+  pixels = FRAMES * SIZE * SIZE * 3
+  assert row['flops'] == pytest.approx(2 * 64 * pixels * WIDTH, rel=0.02)
+
+
 def test_generates_whole_videos_and_their_parts(batches_run):
   (row,) = run(mode='generate', num_frames=5)['rows']
   assert row['num_frames'] == 5
