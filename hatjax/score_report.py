@@ -22,11 +22,14 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto;
   padding: 0 1rem; max-width: 1400px; color: #222; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
+table { border-collapse: collapse; font-size: .93em;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid #ddd;
   white-space: nowrap; vertical-align: middle; }
+th { white-space: normal; font-size: .85em; }
 th:first-child, td:first-child { text-align: left; }
-small { color: #777; display: block; } .best { font-weight: 700; }
+small { color: #777; display: block; font-size: .7em; }
+.best { font-weight: 700; }
 .baseline td { color: #777; }
 .clip { margin: 1.2rem 0 2rem; } .clip img { height: 96px; }
 .clip td { border: 0; padding: .15rem .5rem; }
@@ -267,8 +270,8 @@ def html_table(rows, names):
     if sign and len(known) > 1:
       best[score] = max(known, key=lambda name: sign * known[name])
   head = ''.join(
-    f'<th title="{html.escape(scores.COLUMNS[s.split("@")[0]][1])}">{s}</th>'
-    for s in names
+    f'<th title="{html.escape(scores.COLUMNS[s.split("@")[0]][1])}">'
+    f'{s.replace("_", "_<wbr>")}</th>' for s in names
   )
   lines = [f'<div class="wide"><table><tr><th></th>{head}</tr>']
   for name, row in rows.items():
