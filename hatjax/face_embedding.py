@@ -7,6 +7,8 @@ the vector is 0 and says nothing. Values of different embedders are not
 comparable. Nothing here is random.
 """
 
+import hashlib
+
 import cv2
 import numpy as np
 
@@ -63,12 +65,11 @@ class BuiltIn:
 
   def __init__(self):
     self._hog = cv2.HOGDescriptor((96, 96), (16, 16), (8, 8), (8, 8), 9)
-    self._boxes = {}
 
   def embed(self, frames):
     """See the module."""
     frames = _enlarged(frames)
-    boxes = [self._detect(frame) for frame in frames]
+    boxes = [_detect(frame) for frame in frames]
     found = np.array([box is not None for box in boxes])
     out = np.zeros((len(frames), self._hog.getDescriptorSize()), np.float32)
     if found.any():
@@ -80,14 +81,16 @@ class BuiltIn:
         out[t] = self._hog.compute(grey).ravel()
     return _unit(out), found
 
-  def _detect(self, frame):
-    """Remembers the last ones: rows share frames, and `copy` has only one."""
-    key = frame.tobytes()
-    if key not in self._boxes:
-      if len(self._boxes) > 64:
-        self._boxes.clear()
-      self._boxes[key] = faces.detect_face(frame)
-    return self._boxes[key]
+
+_boxes = {}  # of pictures already looked at
+
+
+def _detect(frame):
+  """Looks once at each picture: rows and compared runs share their frames."""
+  key = frame.shape, hashlib.sha256(frame.tobytes()).digest()
+  if key not in _boxes:
+    _boxes[key] = faces.detect_face(frame)
+  return _boxes[key]
 
 
 class OpenFace:
