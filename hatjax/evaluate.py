@@ -89,6 +89,8 @@ def evaluate(
   parts = extractors.gather(
     faces, classifier and _load(classifier), _identity(faces), labels, nets
   )
+  if infer is None:
+    parts.absent['alpha_order'] = 'not computed: this run infers no intensity'
   scorer = scores.Scorer(
     ssim=ssim, sizes=tuple(sizes), infer=infer, seed=seed, **parts.arguments
   )

@@ -16,6 +16,15 @@ PROFILE_KNOTS = 16
 PROFILE_DECAY = 0.99
 
 
+def is_inferred(method):
+  """Whether a method can tell a frame's intensity.
+
+  For that it needs a code along which the expression moves; affine 'spatial'
+  moves pictures alone.
+  """
+  return hasattr(method, 'infer') and getattr(method, 'affine', '') != 'spatial'
+
+
 def infer_alpha(base, base_neutral, residual, rule='reference'):
   """Length of each frame's shift along the hidden residual.
 

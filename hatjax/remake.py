@@ -8,7 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
-from hatjax import driving, photos, scores, video
+from hatjax import driving, intensity, photos, scores, video
 
 
 def is_driven(run):
@@ -53,7 +53,7 @@ def make_rows(
 def make_infer(run):
   """Inferred intensity, (uint8 [T, S, S, 3], label) -> float [T]; or None."""
   _, method, state = run.stages[0]
-  if not hasattr(method, 'infer'):
+  if not intensity.is_inferred(method):
     return None
 
   @jax.jit

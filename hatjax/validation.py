@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax import metrics, video
+from hatjax import intensity, metrics, video
 from hatjax import state as state_lib
 
 MAX_FRAMES = 32  # a clip is thinned out to at most this many
@@ -40,7 +40,7 @@ def imitate(method, state, batch, rng, alpha='profile'):
   real, time = batch['video'], batch['time']
   known = {**batch, 'image': real[:, 0], 'driving': real}
   inputs = {k: known[k] for k in (*method.reads, 'noise') if k in known}
-  if alpha == 'inferred' and hasattr(method, 'infer'):
+  if alpha == 'inferred' and intensity.is_inferred(method):
     inputs['alpha'] = method.infer(state, known)
   elif hasattr(method, 'sweep_alpha'):
     kind = 'profile' if alpha == 'inferred' else alpha
@@ -155,7 +155,7 @@ def make_scorer(method, previous=None):
       'psnr_copy': psnr(jnp.broadcast_to(real[:, :1], real.shape)),
       'frames': video.to_uint8(fake[0]),
     }
-    if hasattr(method, 'infer'):
+    if intensity.is_inferred(method):
       known = {**batch, 'image': real[:, 0], 'driving': real}
       out['alpha'] = method.infer(state, known)[0]
       out['psnr'] = psnr(imitate(method, state, batch, rng, 'inferred'))

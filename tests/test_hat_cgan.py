@@ -225,6 +225,9 @@ def test_infer_reads_back_the_alpha_of_the_latent_path(stage, batch):
   })
   np.testing.assert_allclose(alpha[:, 0], 0, atol=1e-5)  # itself
   assert np.isfinite(alpha).all()
+  assert intensity.is_inferred(method)
+  # Without a hidden residual all frames would seem neutral.
+  assert not intensity.is_inferred(make(stage, affine='spatial'))
 
 
 @pytest.mark.parametrize('changes', [
