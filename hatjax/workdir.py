@@ -488,4 +488,6 @@ def _panel(name):
   kind, rest = name.split('/', 1)
   if kind == 'loss':
     return 'discriminators' if 'discriminator' in rest else 'generator'
+  if 'alpha' in rest:
+    return 'alpha'
   return {'psnr': 'PSNR (dB)', 'val': 'PSNR (dB)'}.get(kind, kind)
