@@ -52,7 +52,7 @@ from hatjax import (
   video,
 )
 from hatjax import report as report_lib
-from hatjax.nets import layers
+from hatjax.nets import lowerings
 
 MODES = ('train', 'generate', 'data')
 _PIXELS = ('video', 'image', 'driving', 'draft')
@@ -78,7 +78,7 @@ class Options:
   def __post_init__(self):
     settings.check_choices(**{
       '--mode': (self.mode, MODES),
-      '--lowering': (self.lowering, layers.LOWERINGS),
+      '--lowering': (self.lowering, lowerings.LOWERINGS),
     })
     for name, low in dict(steps=1, warmup=0, devices=0, num_frames=0).items():
       if getattr(self, name) < low:
@@ -359,7 +359,7 @@ def _measure_stage(config, stages, make_runner, options, show):
   for stage in stages:
     size = stage['data']['batch_size']
     try:
-      with layers.lowering(options.lowering):
+      with lowerings.lowering(options.lowering):
         for row in measure(config, stage, make_runner, options):
           yield {'batch_size': size, **row}
     except jax.errors.JaxRuntimeError as error:

@@ -18,7 +18,7 @@ from jax import export as jax_export
 import hatjax
 from hatjax import exported, runs
 from hatjax import state as state_lib
-from hatjax.nets import layers
+from hatjax.nets import lowerings
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -120,7 +120,7 @@ def _lowered(how, function, whole):
   """(weights, ...) -> function(state, ...), its convolutions in one way."""
 
   def call(weights, *args):
-    with layers.lowering(how):
+    with lowerings.lowering(how):
       return function(whole(weights), *args)
 
   return call
@@ -165,7 +165,7 @@ def _functions(method, facts, state):
       return method.animate(state, inputs, key, frames)
 
     return {'animate': (animate, (inputs, key))}
-  with layers.lowering('plain'):
+  with lowerings.lowering('plain'):
     context = jax.eval_shape(method.encode, state, inputs)
   functions = {'encode': (method.encode, (inputs,))}
   if 'driving' not in method.reads:
@@ -177,7 +177,7 @@ def _functions(method, facts, state):
 
     return functions | {'decode': (decode, (context, _shape((b, t)), key))}
   frames = _shape((n, size, size, 3))
-  with layers.lowering('plain'):
+  with lowerings.lowering('plain'):
     points = jax.eval_shape(method.keypoints, state, frames)
   points = {k: _shape((b, t, *x.shape[1:])) for k, x in points.items()}
   return functions | {

@@ -22,7 +22,7 @@ import pytest
 from hatjax import benchmark, methods, parallel, timing
 from hatjax import state as state_lib
 from hatjax.nets import hat_cgan as nets
-from hatjax.nets import layers
+from hatjax.nets import lowerings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZE, FRAMES, WIDTH = 16, 4, 512  # the neutral frame and three more
@@ -297,7 +297,7 @@ def test_the_lowering_switch_changes_the_program(monkeypatch):
   assert count(programs[1]) == 0
   forms = re.findall(r'stablehlo\.(?:convolution|dot_general)', programs[1])
   assert len(forms) > 5
-  assert layers._lowering == ['auto']
+  assert lowerings._lowering == ['auto']
 
 
 def test_a_batch_too_large_ends_the_stage(monkeypatch):
@@ -431,7 +431,7 @@ def test_generator_equals_torch(lowering):
   rng = np.random.default_rng(1)
   image = rng.uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
   alpha, label = jnp.array([[0.3], [0.3]]), jnp.zeros(2, jnp.int32)
-  with layers.lowering(lowering):
+  with lowerings.lowering(lowering):
     variables = jax.jit(ours.init)(jax.random.key(0), image, label, alpha)
     params = variables['params']
     params = randomize(params)

@@ -240,7 +240,9 @@ def test_a_flow_fetches_pixels(tiny):
   np.testing.assert_allclose(still, expected, atol=1e-5)
   # One pixel to the right: 2 / 15 of the width, in units of a quarter.
   flow[..., 0] = 4 * 2 / 15
-  for moved in (nets.move(image, flow), nets.move(image, flow, 4)):
+  both = np.concatenate([0.25 * flow, 0.75 * flow], -1)  # that add up
+  for args in ((flow,), (flow, (4,)), (both, (4, 8))):
+    moved = nets.move(image, *args)
     np.testing.assert_allclose(
       moved[..., :-1, :], expected[..., 1:, :], atol=1e-5
     )

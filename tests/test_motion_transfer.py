@@ -11,7 +11,7 @@ import pytest
 
 from configs.methods import motion_transfer as config
 from hatjax import losses, methods, optim, warp
-from hatjax.nets import layers, resnet
+from hatjax.nets import layers, lowerings, resnet
 from hatjax.nets import motion_transfer as nets
 
 
@@ -136,10 +136,10 @@ def test_repeated_pixels_convolved_equal_the_merged_taps(side):
   x = jax.random.normal(jax.random.key(0), (2, side, 8, 3))
   kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
   wide = x.repeat(2, 1).repeat(2, 2)
-  with layers.lowering('plain'):
+  with lowerings.lowering('plain'):
     want = layers._convolve(wide, kernel, (1, 1), [(1, 1)] * 2)
     np.testing.assert_allclose(layers.nearest_conv(x, kernel), want, atol=1e-4)
-  with layers.lowering('rewritten'):
+  with lowerings.lowering('rewritten'):
     np.testing.assert_allclose(layers.nearest_conv(x, kernel), want, atol=1e-4)
 
 
@@ -148,7 +148,7 @@ def test_seven_wide_strided_convolution_is_the_same_rewritten():
   kernel = jax.random.normal(jax.random.key(1), (7, 7, 3, 4))
   found = []
   for name in ('plain', 'rewritten'):
-    with layers.lowering(name):
+    with lowerings.lowering(name):
       found.append(layers.downsample_conv(x, kernel))
   np.testing.assert_allclose(*found, atol=1e-4)
 

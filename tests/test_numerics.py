@@ -11,7 +11,7 @@ from scipy import ndimage, signal, stats
 from skimage.metrics import peak_signal_noise_ratio
 
 from hatjax import intensity, losses, metrics, optim, validation, warp
-from hatjax.nets import layers, winograd
+from hatjax.nets import layers, lowerings, norms, winograd
 
 
 def normal(seed, *shape):
@@ -49,7 +49,7 @@ def test_rewritten_convolution_equals_plain(op, kernel, nd, form, monkeypatch):
       y, pull = jax.vjp(op, x, w)
       return y, *pull(jnp.sin(y))
 
-    with layers.lowering(name):
+    with lowerings.lowering(name):
       text = jax.jit(step).lower(x, w).as_text()
       return text, *jax.jit(step)(x, w)
 
@@ -75,7 +75,7 @@ def test_convolution_to_few_features_equals_plain(k, pad, features):
       y, pull = jax.vjp(lambda x, w: layers.correlate(x, w, pad), x, w)
       return y, *pull(jnp.sin(y))
 
-    with layers.lowering(name):
+    with lowerings.lowering(name):
       return jax.jit(step).lower(x, w).as_text(), jax.jit(step)(x, w)
 
   (_, plain), (text, others) = run('plain'), run('rewritten')
@@ -111,12 +111,69 @@ def test_upsample_conv_is_the_transpose_of_downsample_conv():
 
 def test_unknown_lowering_is_refused():
   with pytest.raises(ValueError, match='rewritten'):
-    with layers.lowering('fast'):
+    with lowerings.lowering('fast'):
       pass
 
 
+def formula(x, gain, shift, isolate, size):
+  """`norms.group_norm` as its docstring says it."""
+  b, t, *_, c = x.shape
+  grouped = x.reshape(b, t, -1, c // size, size)
+
+  def normalize(axes):
+    centred = grouped - grouped.mean(axes, keepdims=True)
+    var = jnp.square(centred).mean(axes, keepdims=True)
+    return (centred / jnp.sqrt(var + 1e-5)).reshape(x.shape)
+
+  y = normalize((1, 2, 4))
+  if isolate is not None:
+    alone = isolate.reshape(-1, *[1] * (x.ndim - 1))
+    y = jnp.where(alone, normalize((2, 4)), y)
+  spread = lambda v: v.reshape(-1, *[1] * (x.ndim - 2), c)
+  return spread(gain) * y + spread(shift)
+
+
+@pytest.mark.parametrize('name', ('plain', 'rewritten'))
+@pytest.mark.parametrize('isolate', (None, np.array([True, False])))
+@pytest.mark.parametrize('size, rows', ((1, 1), (3, 1), (3, 2)))
+def test_group_norm_and_its_gradients(size, rows, isolate, name):
+  normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+  x, weights = 3 + 2 * normal(0, 2, 3, 4, 8, 24), normal(1, 2, 3, 4, 8, 24)
+  gain, shift = 1 + normal(2, rows, 24), normal(3, rows, 24)
+
+  def pull(f):
+    loss = lambda *args: (weights * f(*args, isolate, size)).sum()
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, gain, shift)
+
+  with lowerings.lowering(name):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+      pull(norms.group_norm), pull(formula),
+    )
+
+
+@pytest.mark.parametrize('name', ('plain', 'rewritten'))
+def test_bias_and_modulation_have_autodiffs_gradients(name):
+  normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+  x, weights = normal(0, 2, 16, 64, 3), normal(1, 2, 16, 64, 3)
+  gain, shift = normal(2, 2, 3), normal(3, 2, 3)
+
+  def pull(f, *args):
+    loss = lambda *args: (weights * f(*args)).sum()
+    return jax.jit(jax.grad(loss, tuple(range(len(args)))))(*args)
+
+  plainly = lambda x, a, b: x * a[:, None, None] + b[:, None, None]
+  with lowerings.lowering(name):
+    for ours, theirs in (
+      (pull(norms.add_bias, x, shift[0]), pull(jnp.add, x, shift[0])),
+      (pull(norms.modulate, x, gain, shift), pull(plainly, x, gain, shift)),
+    ):
+      for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_instance_norm_has_mean_0_and_biased_variance_1():
-  y = np.asarray(layers.instance_norm(5 + 3 * normal(0, 2, 8, 8, 4)))
+  y = np.asarray(norms.instance_norm(5 + 3 * normal(0, 2, 8, 8, 4)))
   np.testing.assert_allclose(y.mean((1, 2)), 0, atol=1e-5)
   np.testing.assert_allclose(y.var((1, 2)), 1, atol=1e-4)
 
@@ -124,8 +181,8 @@ def test_instance_norm_has_mean_0_and_biased_variance_1():
 def test_instance_norm_in_bfloat16_computes_in_float32():
   x = 100 + normal(0, 1, 16, 16, 2)
   x16 = jnp.asarray(x, jnp.bfloat16)
-  expected = layers.instance_norm(x16.astype(jnp.float32))
-  got = layers.instance_norm(x16).astype(jnp.float32)
+  expected = norms.instance_norm(x16.astype(jnp.float32))
+  got = norms.instance_norm(x16).astype(jnp.float32)
   np.testing.assert_allclose(got, expected, atol=0.02)
 
 

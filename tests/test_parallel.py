@@ -19,7 +19,7 @@ import test_pipeline
 from configs import common, mug
 from hatjax import methods, parallel, settings, warp
 from hatjax.methods import video_diffusion
-from hatjax.nets import layers
+from hatjax.nets import lowerings
 
 HERE = pathlib.Path(__file__).resolve().parent
 STAGES = test_methods.tiny_stages()
@@ -177,7 +177,7 @@ def test_a_deterministic_step_scatters_nothing(stage, lowering, monkeypatch):
     method = test_methods.make(methods.settle(config, stage))
     batch = test_methods.toy_batch(stage)
     state = jax.eval_shape(method.init, jax.random.key(0), batch)
-    with layers.lowering(lowering):
+    with lowerings.lowering(lowering):
       lowered = jax.jit(method.train_step).lower(
         state, batch, jax.random.key(1)
       )

@@ -67,7 +67,7 @@ def _model(preset, image_size):
     dec_width=128,
     dec_size=0,                   # side that it works at; 0: image_size
     head='direct',                # residual, warp
-    flow_size=0,                  # side of the flow of warp; 0: the decoder's
+    flow_sizes=(),                # of warp's flows, small first; (): as decoded
     painter_width=0,              # of a net that sees what y is added to
     norm='batch',                 # or group, which needs no large batches
     label_everywhere=False,       # learns its maps, changes every layer
@@ -115,11 +115,10 @@ def shrink(stage):
   # The flow is smooth; the discriminator, else, takes half the time.
   if model.image_size == 64:
     model.dec_size = model.discriminator_size = 32
-    model.flow_size = 8
+    model.flow_sizes = (8, 16)
   model.lambda_gan = min(model.lambda_gan, 0.05)
   for name, most in dict(
     dec_width=32, es_width=32, discriminator_width=8, n_id_frames=2,
-    painter_width=16,
   ).items():
     model[name] = min(model[name], most)
   stage.optim.generator.lr *= 2

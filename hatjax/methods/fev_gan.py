@@ -9,6 +9,7 @@ equations 1, 2, 4 and 5 are followed, with the usual terms of a conditional GAN
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 import chex
@@ -53,7 +54,7 @@ class FEVGAN:
   dec_width: int = 128
   dec_size: int = 0
   head: str = 'direct'
-  flow_size: int = 0
+  flow_sizes: tuple[int, ...] = ()
   painter_width: int = 0
   norm: str = 'batch'
   label_everywhere: bool = False
@@ -105,8 +106,8 @@ class FEVGAN:
     halvings = nets.doublings(4, self.image_size, 'model.image_size')
     size = self.dec_size or self.image_size
     nets.doublings(size, self.image_size, 'model.image_size')
-    if self.flow_size:
-      nets.doublings(self.flow_size, size, 'the side of the decoder')
+    for small, large in itertools.pairwise((*self.flow_sizes, size)):
+      nets.doublings(small, large, 'The side after that in model.flow_sizes')
     if self.discriminator_size:
       side = self.discriminator_size
       nets.doublings(4, side, 'model.discriminator_size')
@@ -178,7 +179,7 @@ class FEVGAN:
       num_labels=self.num_labels, grid=self.grid, spatial=self.use_spatial,
       dropout=self.eid_dropout, es_width=self.es_width, dec_arch=self.dec_arch,
       dec_width=self.dec_width, dec_size=self.dec_size or self.image_size,
-      head=self.head, flow_size=self.flow_size,
+      head=self.head, flow_sizes=self.flow_sizes,
       painter_width=self.painter_width,
       label_everywhere=self.label_everywhere, hold_ends=self.hold_ends,
       init_kind=self.init_weights, norm_kind=self.norm,

@@ -19,7 +19,7 @@ from einops import rearrange
 
 from hatjax import losses, optim, settings, warp
 from hatjax import state as state_lib
-from hatjax.nets import layers, resnet, vgg
+from hatjax.nets import lowerings, resnet, vgg
 from hatjax.nets import motion_transfer as nets
 
 DETECTORS = ('resnet', 'hourglass')
@@ -441,7 +441,7 @@ class MotionTransfer:
     )
     batch, length = keypoints['value'].shape[:2]
     few = max(1, FEW_PIXELS // self.image_size**2)
-    few = few if layers.rewrites() and length % few == 0 else length
+    few = few if lowerings.rewrites() and length % few == 0 else length
     draw = lambda parts: self._infer(
       'generator', state, context['code'], *parts, method='decode'
     )

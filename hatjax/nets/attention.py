@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax.nets import layers
+from hatjax.nets import lowerings
 
 BUCKETS, MAX_DISTANCE = 32, 32
 FEW_FRAMES = 24  # that attend without matrix products, on a CPU
@@ -204,7 +204,7 @@ def attend_over_time(bias, barred=None):
 
   def run(x, *kernels):
     short = len(frames) <= FEW_FRAMES and x.dtype == jnp.float32
-    lanes = short and layers.rewrites()
+    lanes = short and lowerings.rewrites()
     return (in_lanes if lanes else heads_first(attend))(x, *kernels)
 
   return run

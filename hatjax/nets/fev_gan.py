@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from hatjax import warp
-from hatjax.nets import layers
+from hatjax.nets import layers, norms
 
 DECODERS = ('down4', 'up16')
 NORMS = ('batch', 'group')
@@ -40,20 +40,25 @@ def cell_means(video, cell):
   )
 
 
-def move(image, flow, flow_size=0):
+def move(image, flow, sizes=()):
   """Fetches every pixel of a frame from where a flow says.
 
   Args:
     image: [B, S, S, 3].
-    flow: [B, T, s, s, 2], x and y in units of an eighth of the picture.
-    flow_size: side of the flow that is used, of cell means; 0: s.
+    flow: [B, T, s, s, 2 n], x and y in units of an eighth of the picture, of n
+      flows that are added up.
+    sizes: sides of these flows, of cell means, smallest first; (): one of s.
 
   Returns:
     [B, T, S, S, 3].
   """
   (b, t), size = flow.shape[:2], image.shape[1]
-  flow = cell_means(flow, flow.shape[2] // (flow_size or flow.shape[2]))
-  where = warp.grid(size, size) + 0.25 * resize(flow, size)
+  parts = jnp.split(flow, flow.shape[-1] // 2, -1)
+  sides = sizes or (flow.shape[2],)
+  total = jnp.zeros((1, 1, 1, 1, 2))
+  for side, part in zip(sides, parts):
+    total = resize(total, side) + cell_means(part, part.shape[2] // side)
+  where = warp.grid(size, size) + 0.25 * resize(total, size)
   moved = warp.warp_frames(
     image, where.reshape(b, t * size, size, 2), 'gather'
   )
@@ -93,29 +98,20 @@ class Norm(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x, train):
+  def __call__(self, x, train, words=None):
+    """`words`: gain and shift of what is normalized, [B, C] each."""
     around_1 = lambda *args: 1 + 0.02 * jax.random.normal(*args)
     if self.kind == 'group':
-      scale = self.param('scale', around_1, x.shape[-1:])
-      bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
-      return _group_norm(x, scale, bias, math.gcd(4, x.shape[-1]))
-    return nn.BatchNorm(
+      gain = self.param('scale', around_1, x.shape[-1:])[None]
+      shift = self.param('bias', nn.initializers.zeros, x.shape[-1:])[None]
+      if words is not None:
+        gain, shift = gain * words[0], shift * words[0] + words[1]
+      return norms.group_norm(x, gain, shift, None, math.gcd(4, x.shape[-1]))
+    x = nn.BatchNorm(
       use_running_average=not train, momentum=0.9, axis_name=self.axis_name,
       scale_init=around_1, dtype=self.dtype,
     )(x)
-
-
-def _group_norm(x, scale, bias, size, eps=1e-5):
-  """Of [B, ..., C], `size` channels each; from the channels' moments, so that
-  only small arrays are regrouped."""
-  wide = x.astype(jnp.float32)
-  axes = tuple(range(1, x.ndim - 1))
-  moments = jnp.stack([wide.mean(axes), jnp.square(wide).mean(axes)])
-  groups = moments.reshape(2, x.shape[0], -1, size).mean(-1)
-  mean, square = jnp.repeat(groups, size, -1)
-  gain = scale * jax.lax.rsqrt(square - jnp.square(mean) + eps)
-  spread = lambda v: jnp.expand_dims(v, axes)
-  return (wide * spread(gain) + spread(bias - mean * gain)).astype(x.dtype)
+    return x if words is None else norms.modulate(x, *words)
 
 
 class _Net(nn.Module):
@@ -130,18 +126,17 @@ class _Net(nn.Module):
       init = nn.initializers.he_normal()
     return layers.Conv(features, kernel_init=init, dtype=self.dtype, **kwargs)
 
-  def say(self, x, label):
-    """x [B, ..., C], scaled and shifted by what a label has learned."""
+  def words(self, label, channels):
+    """Gain and shift [B, C] that a label has learned; None without one."""
     if label is None:
-      return x
+      return None
     # A label is seen every few steps: its part learns faster for being scaled.
     change = 5 * layers.Embed(
-      self.num_labels, 2 * x.shape[-1],
+      self.num_labels, 2 * channels,
       embedding_init=nn.initializers.normal(0.02),
-    )(label).astype(x.dtype)
-    change = jnp.expand_dims(change, tuple(range(1, x.ndim - 1)))
+    )(label)
     scale, shift = jnp.split(change, 2, -1)
-    return x * (1 + scale) + shift
+    return 1 + scale, shift
 
   def norm(self):
     return Norm(self.norm_kind, self.axis_name, self.dtype)
@@ -204,8 +199,8 @@ class Decoder(_Net):
   def __call__(self, x, train=False, label=None):
     """[B, g, g, C], int32 [B] or None -> [B, T, S, S, out_channels]."""
     def block(x):
-      x = self.norm()(x, train)
-      return nn.relu(self.say(x, label))
+      norm = self.norm()
+      return nn.relu(norm(x, train, self.words(label, x.shape[-1])))
 
     if self.arch == 'down4':
       x = block(self.conv(8 * self.width, kernel=4, stride=2)(x))
@@ -283,7 +278,9 @@ class Painter(_Net):
     x = layers.space_to_depth(frames, self.detail)
     x = jnp.concatenate([x, hints], -1).astype(self.dtype)
     for _ in range(2):
-      x = layers.leaky_relu(self.say(conv(x, self.width), label))
+      x = conv(x, self.width)
+      words = self.words(label, self.width)
+      x = layers.leaky_relu(x if words is None else norms.modulate(x, *words))
     return conv(x, 3 * self.detail**2, output=True).astype(jnp.float32)
 
 
@@ -298,7 +295,7 @@ class Generator(nn.Module):
       colours of several pixels.
     head: 'direct' (tanh); 'residual' (input + y); 'warp' (the input, each of
       its pixels fetched from where a flow of the decoder says, + y).
-    flow_size: side of that flow; 0: the decoder's.
+    flow_sizes: sides of the flows that make that one, see `move`.
     painter_width: of a net that sees the frames to which y is added and says a
       part of it; 0, and with the head 'direct': none.
     label_everywhere: a label learns maps of its own, where else it is a map of
@@ -318,7 +315,7 @@ class Generator(nn.Module):
   dec_width: int = 128
   dec_size: int = 64
   head: str = 'direct'
-  flow_size: int = 0
+  flow_sizes: tuple[int, ...] = ()
   painter_width: int = 0
   label_everywhere: bool = False
   hold_ends: bool = False
@@ -365,7 +362,8 @@ class Generator(nn.Module):
     maps.append(label_maps.astype(self.dtype))
     label = label if self.label_everywhere else None
     detail = self.image_size // self.dec_size
-    counts = (3 * detail**2, 2 * (self.head == 'warp'))
+    flows = len(self.flow_sizes) or 1
+    counts = (3 * detail**2, 2 * flows * (self.head == 'warp'))
     paints = self.painter_width > 0 and self.head != 'direct'
     said = Decoder(
       self.dec_size, self.num_frames, self.dec_arch, self.dec_width,
@@ -377,7 +375,7 @@ class Generator(nn.Module):
       return jnp.tanh(layers.depth_to_space(colours, detail))
     frames = image[:, None]
     if self.head == 'warp':
-      frames = move(image, flow, self.flow_size)
+      frames = move(image, flow, self.flow_sizes)
     if paints:
       frames = jnp.broadcast_to(frames, (*flow.shape[:2], *image.shape[1:]))
       colours += Painter(

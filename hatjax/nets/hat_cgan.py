@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hatjax import warp
-from hatjax.nets import layers
+from hatjax.nets import layers, norms
 
 HEADS = {'direct': 3, 'blend': 4, 'residual': 3}
 AFFINES = ('both', 'latent', 'spatial')
@@ -74,7 +74,7 @@ class UNetEncoder(nn.Module):
       features = self.width * min(2 ** (level - 1), 8)
       x = layers.Conv(features, 4, 2, dtype=self.dtype)(x)
       if 1 < level < self.num_downs:
-        x = layers.instance_norm(x)
+        x = norms.instance_norm(x)
       if embedding is not None and level > 1:
         x = Modulate(self.dtype)(x, embedding)
       levels.append(x)
@@ -106,7 +106,7 @@ class UNetDecoder(nn.Module):
     for level in range(self.num_downs, 1, -1):
       features = self.width * min(2 ** (level - 2), 8)
       x = layers.Conv(features, 4, -2, dtype=self.dtype)(jax.nn.relu(x))
-      x = layers.instance_norm(x)
+      x = norms.instance_norm(x)
       if style is not None:
         x = Modulate(self.dtype, use_bias=False)(x, style)
       if 5 <= level < self.num_downs:
@@ -135,18 +135,18 @@ class ResNetEncoder(nn.Module):
     """[N, S, S, 3] -> [[N, S/4, S/4, 4 * width]], a single level."""
     dtype = self.dtype
     x = layers.Conv(self.width, 7, pad=3, reflect=True, dtype=dtype)(x)
-    x = jax.nn.relu(layers.instance_norm(x))
+    x = jax.nn.relu(norms.instance_norm(x))
     for features in (2 * self.width, 4 * self.width):
       x = layers.Conv(features, 3, 2, dtype=dtype)(x)
-      x = jax.nn.relu(layers.instance_norm(x))
+      x = jax.nn.relu(norms.instance_norm(x))
     if embedding is not None:
       x = Modulate(dtype)(x, embedding)
     for _ in range(self.num_blocks):
       y = layers.Conv(x.shape[-1], 3, reflect=True, dtype=dtype)(x)
-      y = jax.nn.relu(layers.instance_norm(y))
+      y = jax.nn.relu(norms.instance_norm(y))
       y = nn.Dropout(self.dropout, deterministic=not train)(y)
       y = layers.Conv(x.shape[-1], 3, reflect=True, dtype=dtype)(y)
-      x = x + layers.instance_norm(y)
+      x = x + norms.instance_norm(y)
     if embedding is not None:
       x = Modulate(dtype)(x, embedding)
     return [x]
@@ -167,7 +167,7 @@ class ResNetDecoder(nn.Module):
     x = levels[-1]
     for features in (2 * self.width, self.width):
       x = layers.Conv(features, 3, -2, dtype=self.dtype)(x)
-      x = layers.instance_norm(x)
+      x = norms.instance_norm(x)
       if style is not None:
         x = Modulate(self.dtype, use_bias=False)(x, style)
       x = jax.nn.relu(x)
@@ -446,7 +446,7 @@ class PatchDiscriminator(nn.Module):
       x = layers.Conv(
         features, kernel, 1 if last else stride, pad, dtype=self.dtype
       )(x)
-      x = layers.leaky_relu(layers.instance_norm(x) if n else x)
+      x = layers.leaky_relu(norms.instance_norm(x) if n else x)
     logits = layers.Conv(1, kernel, pad=pad, dtype=self.dtype)(x)[..., 0]
     if self.num_labels:
       zeros = nn.initializers.zeros

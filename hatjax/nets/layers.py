@@ -5,7 +5,6 @@ float32 in the standard HWIO shape whatever the lowering, so checkpoints do not
 depend on the platform. `dtype` is the compute type.
 """
 
-import contextlib
 import itertools
 import math
 
@@ -16,38 +15,13 @@ from einops import rearrange
 from jax import lax
 
 from hatjax.nets import winograd
+from hatjax.nets.lowerings import rewrites
+from hatjax.nets.norms import add_bias
 
 # Up to this side of the smaller picture, and up to so many channels, every tap
 # has its own matrix product: the kernel is used as it lies.
 SMALL = 8
 FEW = 16
-LOWERINGS = ('auto', 'plain', 'rewritten')
-_lowering = ['auto']
-
-
-@contextlib.contextmanager
-def lowering(name):
-  """Chooses how convolutions traced inside are lowered.
-
-  Args:
-    name: 'plain' (the primitive), 'rewritten' (exact forms by stride-1
-      convolutions and matrix products), or 'auto': rewritten on CPU, where
-      XLA's strided form is 6x slower.
-  """
-  if name not in LOWERINGS:
-    raise ValueError(f'Unknown lowering {name!r}. Choose one of: {LOWERINGS}.')
-  before, _lowering[0] = _lowering[0], name
-  try:
-    yield
-  finally:
-    _lowering[0] = before
-
-
-def rewrites():
-  """Whether what is traced now takes the forms that a CPU likes."""
-  if _lowering[0] == 'auto':
-    return jax.default_backend() == 'cpu'
-  return _lowering[0] == 'rewritten'
 
 
 def _dimension_numbers(nd):
@@ -355,14 +329,16 @@ class Conv(nn.Module):
     bias = self.param('bias', self.bias_init, (self.features,))
     x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
     if self.stride == 2:
-      return downsample_conv(x, kernel) + bias
+      return add_bias(downsample_conv(x, kernel), bias)
     if self.stride == -2:
       up = nearest_conv if self.nearest else upsample_conv
-      return up(x, kernel) + bias
+      return add_bias(up(x, kernel), bias)
     if self.reflect:
       padding = [(0, 0), *[(self.pad, self.pad)] * self.nd, (0, 0)]
-      return correlate(jnp.pad(x, padding, mode='reflect'), kernel) + bias
-    return correlate(x, kernel, self.pad) + bias
+      return add_bias(
+        correlate(jnp.pad(x, padding, mode='reflect'), kernel), bias
+      )
+    return add_bias(correlate(x, kernel, self.pad), bias)
 
 
 class Dense(nn.Module):
@@ -394,23 +370,6 @@ def pick_rows(table, index):
   """table[index], exactly, by a product with ones and zeros."""
   rows = jax.nn.one_hot(index, len(table), dtype=table.dtype)
   return jnp.einsum('...n,nd->...d', rows, table, precision='highest')
-
-
-def instance_norm(x, eps=1e-5):
-  """(x - mean) / sqrt(var + eps) over the spatial axes, biased variance.
-
-  No affine parameters and no running statistics. Computed in float32.
-
-  Args:
-    x: [N, *spatial, C]; the result has its shape and dtype.
-    eps: added to the variance.
-  """
-  axes = tuple(range(1, x.ndim - 1))
-  wide = x.astype(jnp.float32)
-  mean = wide.mean(axes, keepdims=True)
-  centred = wide - mean
-  var = jnp.square(centred).mean(axes, keepdims=True)
-  return (centred * lax.rsqrt(var + eps)).astype(x.dtype)
 
 
 def leaky_relu(x):

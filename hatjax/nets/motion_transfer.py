@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hatjax import warp
-from hatjax.nets import layers
+from hatjax.nets import layers, norms
 
 NORMS = ('batch', 'group')
 WARPS = ('features', 'image')
@@ -413,7 +413,7 @@ class Discriminator(nn.Module):
       width = min(self.max_width, self.width * 2 ** (i + 1))
       x = conv(width, 4, self.dtype, pad=0, name=f'conv_{i}')(x)
       if i:
-        x = layers.instance_norm(x)
+        x = norms.instance_norm(x)
         x = x * self.param(f'scale_{i}', nn.initializers.ones, (width,))
         x = x + self.param(f'shift_{i}', nn.initializers.zeros, (width,))
       x = layers.leaky_relu(x)

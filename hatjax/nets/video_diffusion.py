@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax.nets import attention, layers
+from hatjax.nets import attention, layers, norms
 from hatjax.nets.attention import SpatialAttention, TemporalAttention
 
 NORMS = ('group', 'rms')
@@ -76,58 +76,23 @@ class Norm(nn.Module):
   kind: str = 'group'
 
   @nn.compact
-  def __call__(self, x, isolate=None):
-    dtype, shape = x.dtype, (x.shape[-1],)
-    scale = self.param('scale', nn.initializers.ones, shape)
-    x = x.astype(jnp.float32)
-    if self.kind == 'rms':
-      square = jnp.square(x).mean(-1, keepdims=True)
-      return (x * jax.lax.rsqrt(square + 1e-12) * scale).astype(dtype)
-    bias = self.param('bias', nn.initializers.zeros, shape)
-    return (standardize(x, isolate) * scale + bias).astype(dtype)
-
-
-@jax.custom_vjp
-def standardize(x, isolate=None):
-  """(x - mean) / sqrt(var + 1e-5), mean and variance over a group of channels.
-
-  Args:
-    x: float32 [B, T, H, W, C], C a multiple of GROUPS.
-    isolate: bool [B] or None. A group has all frames and pixels, in isolated
-      samples those of one frame.
-  """
-  return _standardize(x, isolate)[0]
-
-
-def _group_mean(x, isolate):
-  """[B, T or 1, 1, 1, C]: of each channel first, which fills vectors."""
-  mean = x.mean((2, 3), keepdims=True)
-  of_clip = mean.mean(1, keepdims=True)
-  if isolate is None:
-    mean = of_clip
-  else:
-    alone = attention.per_sample(isolate, x.ndim)
-    mean = jnp.where(alone, mean, of_clip)
-  groups = mean.reshape(*mean.shape[:-1], GROUPS, -1)
-  groups = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
-  return groups.reshape(mean.shape)
-
-
-def _standardize(x, isolate):
-  mean = _group_mean(x, isolate)
-  rate = jax.lax.rsqrt(_group_mean(jnp.square(x - mean), isolate) + 1e-5)
-  return (x - mean) * rate, (x, mean, rate, isolate)
-
-
-def _standardize_backward(saved, g):
-  """Both means from one look at x and g; autodiff takes them in turn."""
-  x, mean, rate, isolate = saved
-  y = (x - mean) * rate
-  change = _group_mean(g, isolate) + y * _group_mean(g * y, isolate)
-  return rate * (g - change), None
-
-
-standardize.defvjp(_standardize, _standardize_backward)
+  def __call__(self, x, isolate=None, change=None):
+    """`change`: scale - 1 and shift of what is normalized, [B, C] each."""
+    shape = (x.shape[-1],)
+    gain = self.param('scale', nn.initializers.ones, shape)[None]
+    shift = jnp.zeros_like(gain)
+    if self.kind == 'group':
+      shift = self.param('bias', nn.initializers.zeros, shape)[None]
+    if change is not None:
+      scale, more = (c.astype(jnp.float32) for c in change)
+      gain, shift = gain * (scale + 1), shift * (scale + 1) + more
+    if self.kind == 'group':
+      size = x.shape[-1] // GROUPS
+      return norms.group_norm(x, gain, shift, isolate, size)
+    wide = x.astype(jnp.float32)
+    square = jnp.square(wide).mean(-1, keepdims=True)
+    gain, shift = (a[:, None, None, None] for a in (gain, shift))
+    return (wide * jax.lax.rsqrt(square + 1e-12) * gain + shift).astype(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -144,12 +109,11 @@ class ResBlock(nn.Module):
     h = x
     for first in (True, False):
       h = Conv(self.features, over_time=over_time, dtype=self.dtype)(h, isolate)
-      h = Norm(self.norm)(h, isolate)
+      change = None
       if first and cond is not None:
         change = _dense(2 * self.features, self.dtype)(jax.nn.silu(cond))
-        scale, shift = jnp.split(change[:, None, None, None], 2, -1)
-        h = h * (scale + 1) + shift
-      h = jax.nn.silu(h)
+        change = jnp.split(change, 2, -1)
+      h = jax.nn.silu(Norm(self.norm)(h, isolate, change))
     if x.shape[-1] != self.features:
       x = _dense(self.features, self.dtype)(x)
     return h + x
