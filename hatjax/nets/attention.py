@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax.nets import lowerings
+from hatjax.nets import layers, lowerings
 
 BUCKETS, MAX_DISTANCE = 32, 32
 FEW_FRAMES = 24  # that attend without matrix products, on a CPU
@@ -142,7 +142,7 @@ def attend_linearly_to_many(x, q, k, v, out):
   and products without heads: twice as fast on a CPU. As `Heads.attend`.
   """
   *heads, channels = out.shape
-  project = lambda w: x @ w.reshape(channels, -1)
+  project = lambda w: layers.project(x, w.reshape(channels, -1))
   split = lambda y: y.reshape(*y.shape[:-1], *heads)
   q = split(project(q))
   q = _softmax(q, x.dtype).reshape(*x.shape[:-1], -1) * heads[1] ** -0.5
@@ -186,28 +186,81 @@ def attend_over_time(bias, barred=None):
     q, k = rotate(q, frames), rotate(k, frames)
     return attend_fully(q, k, v, bias[:, None, None], barred)
 
-  def in_lanes(x, q, k, v, out):
-    heads, size, channels = out.shape
-    project = lambda w: (
-      x.reshape(-1, channels) @ w.swapaxes(1, 2).reshape(channels, -1)
-    ).reshape(*x.shape[:-1], size, heads)
-    q = rotate(project(q), frames, axis=-2) * size**-0.5
-    k, v = rotate(project(k), frames, axis=-2), project(v)
-    k, v = k[..., None, :, :, :], v[..., None, :, :, :]
-    # [B, rows, T, T, heads]
-    scores = (q[..., None, :, :] * k).sum(-2) + bias.transpose(1, 2, 0)
-    if barred is not None:
-      scores = jnp.where(barred[..., None], -jnp.inf, scores)
-    weights = _softmax(scores, x.dtype, -2)[..., None, :]
-    y = (weights * v).sum(-3).reshape(-1, size * heads)
-    return (y @ out.swapaxes(0, 1).reshape(-1, channels)).reshape(x.shape)
-
   def run(x, *kernels):
-    short = len(frames) <= FEW_FRAMES and x.dtype == jnp.float32
-    lanes = short and lowerings.rewrites()
-    return (in_lanes if lanes else heads_first(attend))(x, *kernels)
+    few = len(frames) <= FEW_FRAMES and x.dtype == jnp.float32
+    if few and lowerings.rewrites():
+      return _attend_in_lanes(x, *kernels, bias, barred)
+    return heads_first(attend)(x, *kernels)
 
   return run
+
+
+@jax.custom_vjp
+def _attend_in_lanes(x, q, k, v, out, bias, barred):
+  # What is not kept for a gradient XLA computes again for every pair of frames:
+  # without one, nothing may come between products and scores.
+  many = math.prod(x.shape[:-2]) >= x.shape[-1]
+  form = _frames_first if many else _rows_first
+  return form(x, q, k, v, out, bias, barred)
+
+
+def _attend_in_lanes_forward(*args):
+  return jax.vjp(lambda *some: _rows_first(*some, args[-1]), *args[:-1])
+
+
+_attend_in_lanes.defvjp(
+  _attend_in_lanes_forward, lambda pull, g: (*pull(g), None)
+)
+
+
+def _lanes_last(w):
+  """[C, heads, head_dim] -> [C, head_dim * heads]."""
+  return w.swapaxes(-1, -2).reshape(len(w), -1)
+
+
+def _rows_first(x, q, k, v, out, bias, barred):
+  """Arrays [*, rows, T, head_dim, heads]: the quicker one with its gradient."""
+  (heads, size, channels), frames = out.shape, np.arange(x.shape[-2])
+  project = lambda w: layers.project(x, _lanes_last(w)).reshape(
+    *x.shape[:-1], size, heads
+  )
+  q = rotate(project(q), frames, axis=-2) * size**-0.5
+  k, v = rotate(project(k), frames, axis=-2), project(v)
+  k, v = k[..., None, :, :, :], v[..., None, :, :, :]
+  # [*, rows, T, T, heads]
+  scores = (q[..., None, :, :] * k).sum(-2) + bias.transpose(1, 2, 0)
+  if barred is not None:
+    scores = jnp.where(barred[..., None], -jnp.inf, scores)
+  weights = _softmax(scores, x.dtype, -2)[..., None, :]
+  y = (weights * v).sum(-3).reshape(-1, size * heads)
+  return (y @ out.swapaxes(0, 1).reshape(-1, channels)).reshape(x.shape)
+
+
+def _frames_first(x, q, k, v, out, bias, barred):
+  """Arrays [T, * rows, head_dim, heads]; each frame has its own kernels, which
+  turn it to its position."""
+  (heads, size, channels), shape = out.shape, x.shape
+  frames = np.arange(shape[-2])
+  x = jnp.moveaxis(x, -2, 0).reshape(len(frames), -1, channels)
+  split = lambda y: y.reshape(*y.shape[:2], size, heads)
+
+  def turned(w):
+    w = _lanes_last(w).reshape(channels, 1, size, heads)
+    w = rotate(jnp.repeat(w, len(frames), 1), frames, axis=-2)
+    return w.swapaxes(0, 1).reshape(len(frames), channels, -1)
+
+  q, k = split(x @ turned(q * size**-0.5)), split(x @ turned(k))
+  v = split(layers.project(x, _lanes_last(v)))
+  # [T, T, * rows, heads]
+  scores = (q[:, None] * k).sum(-2) + bias.transpose(1, 2, 0)[:, :, None]
+  if barred is not None:
+    barred = jnp.broadcast_to(barred, (*shape[:-1], len(frames)))
+    barred = jnp.moveaxis(barred, (-2, -1), (0, 1))
+    scores = jnp.where(barred.reshape(*scores.shape[:3], 1), -jnp.inf, scores)
+  weights = _softmax(scores, x.dtype, 1)[..., None, :]
+  y = (weights * v).sum(1).reshape(-1, size * heads)
+  y = y @ out.swapaxes(0, 1).reshape(-1, channels)
+  return jnp.moveaxis(y.reshape(len(frames), *shape[:-2], channels), 0, -2)
 
 
 class SpatialAttention(nn.Module):

@@ -61,7 +61,7 @@ def downsample_conv(x, kernel):
   kernel = _pad_kernel_to_even(kernel)
   channels, features = kernel.shape[-2:]
   if max(x.shape[1:-1]) <= 2 * SMALL and kernel.shape[0] == 4:
-    return _taps(nd)[0](x) @ kernel.reshape(-1, features)
+    return project(_taps(nd)[0](x), kernel.reshape(-1, features))
   # Zero-pad, move each 2x..x2 cell into channels, then a dense convolution.
   cells = (kernel.shape[0] // 2,) * nd
   x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
@@ -112,7 +112,7 @@ def upsample_conv(x, kernel):
   inputs, features = kernel.shape[-2:]
   if max(x.shape[1:-1]) <= SMALL or features <= FEW:
     kernel = jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1)
-    return _taps(nd)[1](x @ kernel)
+    return _taps(nd)[1](project(x, kernel))
   if _filter_pays(x, 4 * features, inputs):
     # The transpose of `downsample_conv`.
     kernel = _split_axes(kernel.swapaxes(-1, -2), nd)
@@ -238,7 +238,8 @@ def correlate(x, kernel, pad=0):
     if features <= FEW and 4 * features <= inputs and len(kernel) > 1:
       return _by_columns(x, kernel, pad)
     if len(kernel) == 3 and pad == 1 and _is_large(kernel, x):
-      return _taps(nd, 3, 1)[0](x) @ kernel.reshape(-1, kernel.shape[-1])
+      kernel = kernel.reshape(-1, features)
+      return project(_taps(nd, 3, 1)[0](x), kernel)
     padded = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
     if len(kernel) in winograd.TILES and _filter_pays(padded, inputs, features):
       return winograd.correlate(padded, kernel)
@@ -276,6 +277,13 @@ def _filter_pays(x, *channels):
   """Measured: with fewer pixels or channels the transforms cost more."""
   wide = x.ndim == 4 and x.dtype == jnp.float32 and min(channels) >= 64
   return wide and _count(x) >= 1000
+
+
+def project(x, kernel):
+  """x [..., C] @ kernel [C, O]. As one matrix: the gradient of a product with
+  more axes turns over one of its sides."""
+  y = x.reshape(-1, x.shape[-1]) @ kernel
+  return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def normal_init(std=0.02):

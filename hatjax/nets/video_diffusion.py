@@ -115,7 +115,8 @@ class ResBlock(nn.Module):
         change = jnp.split(change, 2, -1)
       h = jax.nn.silu(Norm(self.norm)(h, isolate, change))
     if x.shape[-1] != self.features:
-      x = _dense(self.features, self.dtype)(x)
+      flat = x.reshape(-1, x.shape[-1])
+      x = _dense(self.features, self.dtype)(flat).reshape(h.shape)
     return h + x
 
 
