@@ -117,7 +117,7 @@ def _stage(stage, num_frames):
 
 
 def _lowered(how, function, whole):
-  """(weights, ...) -> function(state, ...), its convolutions in one way."""
+  """(weights, ...) -> function(state, ...), lowered in one way."""
 
   def call(weights, *args):
     with lowerings.lowering(how):

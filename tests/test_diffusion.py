@@ -379,6 +379,19 @@ def test_attention_over_time_is_the_same_for_cpus_and_others():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_is_exported_for_any_number_of_clips():
+  net, bias = attention.TemporalAttention(2, 4), normal(1, 2, 5, 5)
+  x = normal(0, 3, 5, 2, 2, 8)
+  params = lively(jax.eval_shape(net.init, jax.random.key(0), x, bias))
+  any_number = jax.ShapeDtypeStruct(
+    jax.export.symbolic_shape('b, 5, 2, 2, 8'), x.dtype
+  )
+  with lowerings.lowering('rewritten'):
+    program = jax.export.export(jax.jit(lambda x: net.apply(params, x, bias)))
+    y = program(any_number).call(x)
+  np.testing.assert_allclose(y, net.apply(params, x, bias), atol=1e-5)
+
+
 def test_attention_in_pieces_equals_attention_at_once():
   x, weights = normal(0, 2, 6, 4, 4, 8), normal(1, 2, 6, 4, 4, 8)
   bias, isolate = normal(2, 2, 6, 6), np.array([True, False])

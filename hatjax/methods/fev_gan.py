@@ -106,8 +106,12 @@ class FEVGAN:
     halvings = nets.doublings(4, self.image_size, 'model.image_size')
     size = self.dec_size or self.image_size
     nets.doublings(size, self.image_size, 'model.image_size')
+    if min(self.flow_sizes, default=1) < 1:
+      raise ValueError('model.flow_sizes must be positive.')
     for small, large in itertools.pairwise((*self.flow_sizes, size)):
-      nets.doublings(small, large, 'The side after that in model.flow_sizes')
+      nets.doublings(small, large, (
+        f'What follows {small} in model.flow_sizes, the decoder last,'
+      ))
     if self.discriminator_size:
       side = self.discriminator_size
       nets.doublings(4, side, 'model.discriminator_size')

@@ -199,8 +199,9 @@ def attend_over_time(bias, barred=None):
 def _attend_in_lanes(x, q, k, v, out, bias, barred):
   # What is not kept for a gradient XLA computes again for every pair of frames:
   # without one, nothing may come between products and scores.
-  many = math.prod(x.shape[:-2]) >= x.shape[-1]
-  form = _frames_first if many else _rows_first
+  # The batch, which an exported program leaves open, does not count.
+  rows = math.prod(n for n in x.shape[:-2] if isinstance(n, int))
+  form = _frames_first if rows >= x.shape[-1] else _rows_first
   return form(x, q, k, v, out, bias, barred)
 
 
@@ -237,8 +238,8 @@ def _rows_first(x, q, k, v, out, bias, barred):
 
 
 def _frames_first(x, q, k, v, out, bias, barred):
-  """Arrays [T, * rows, head_dim, heads]; each frame has its own kernels, which
-  turn it to its position."""
+  """Arrays [T, N, head_dim, heads], N all rows; each frame has kernels of its
+  own, which turn it to its position."""
   (heads, size, channels), shape = out.shape, x.shape
   frames = np.arange(shape[-2])
   x = jnp.moveaxis(x, -2, 0).reshape(len(frames), -1, channels)
@@ -251,7 +252,7 @@ def _frames_first(x, q, k, v, out, bias, barred):
 
   q, k = split(x @ turned(q * size**-0.5)), split(x @ turned(k))
   v = split(layers.project(x, _lanes_last(v)))
-  # [T, T, * rows, heads]
+  # [T, T, N, heads]
   scores = (q[:, None] * k).sum(-2) + bias.transpose(1, 2, 0)[:, :, None]
   if barred is not None:
     barred = jnp.broadcast_to(barred, (*shape[:-1], len(frames)))

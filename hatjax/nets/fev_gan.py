@@ -56,7 +56,7 @@ def move(image, flow, sizes=()):
   parts = jnp.split(flow, flow.shape[-1] // 2, -1)
   sides = sizes or (flow.shape[2],)
   total = jnp.zeros((1, 1, 1, 1, 2))
-  for side, part in zip(sides, parts):
+  for side, part in zip(sides, parts, strict=True):
     total = resize(total, side) + cell_means(part, part.shape[2] // side)
   where = warp.grid(size, size) + 0.25 * resize(total, size)
   moved = warp.warp_frames(
@@ -99,7 +99,7 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x, train, words=None):
-    """`words`: gain and shift of what is normalized, [B, C] each."""
+    """`words`: gain and shift of what is normalized, [B, C] each; or None."""
     around_1 = lambda *args: 1 + 0.02 * jax.random.normal(*args)
     if self.kind == 'group':
       gain = self.param('scale', around_1, x.shape[-1:])[None]

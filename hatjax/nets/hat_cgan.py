@@ -46,8 +46,8 @@ class Modulate(nn.Module):
     out = layers.Dense(2 * x.shape[-1], zeros, self.dtype, self.use_bias)(
       embedding
     )
-    scale, shift = jnp.split(out[:, None, None], 2, -1)
-    return x * (1 + scale) + shift
+    scale, shift = jnp.split(out.astype(jnp.float32), 2, -1)
+    return norms.modulate(x, 1 + scale, shift)
 
 
 class UNetEncoder(nn.Module):

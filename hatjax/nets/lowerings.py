@@ -1,4 +1,4 @@
-"""Which form convolutions and sums take; nets ask, nothing else decides."""
+"""Which form convolutions, sums and small attentions take: decided here."""
 
 import contextlib
 
@@ -13,9 +13,9 @@ def lowering(name):
   """Chooses how what is traced inside is lowered.
 
   Args:
-    name: 'plain' (the primitive), 'rewritten' (exact forms by stride-1
-      convolutions and matrix products), or 'auto': rewritten on CPU, where
-      XLA's strided form is 6x slower.
+    name: 'plain' (the primitives), 'rewritten' (exact forms by stride-1
+      convolutions, matrix products and vectors of heads), or 'auto': rewritten
+      on CPU, where XLA's strided convolutions are 6x slower.
   """
   if name not in LOWERINGS:
     raise ValueError(f'Unknown lowering {name!r}. Choose one of: {LOWERINGS}.')

@@ -413,9 +413,9 @@ class Discriminator(nn.Module):
       width = min(self.max_width, self.width * 2 ** (i + 1))
       x = conv(width, 4, self.dtype, pad=0, name=f'conv_{i}')(x)
       if i:
-        x = norms.instance_norm(x)
-        x = x * self.param(f'scale_{i}', nn.initializers.ones, (width,))
-        x = x + self.param(f'shift_{i}', nn.initializers.zeros, (width,))
+        gain = self.param(f'scale_{i}', nn.initializers.ones, (width,))
+        shift = self.param(f'shift_{i}', nn.initializers.zeros, (width,))
+        x = norms.group_norm(x, gain[None], shift[None], None, 1)
       x = layers.leaky_relu(x)
       x = x if i == self.num_blocks - 1 else pool(x)
       maps.append(x)

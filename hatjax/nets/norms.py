@@ -27,7 +27,8 @@ def sum_space(x):
   rows = math.gcd(count, ROWS)
   rows = rows if rows >= ROWS // 4 else count
   x = x.reshape(-1, rows, channels)
-  sums = jnp.ones((x.shape[0], 1, rows), x.dtype) @ x
+  ones = jnp.ones((x.shape[0], 1, rows), x.dtype)
+  sums = jnp.matmul(ones, x, precision='highest')
   return sums.reshape(batch, -1, channels).sum(1)
 
 

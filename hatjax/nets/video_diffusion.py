@@ -76,16 +76,15 @@ class Norm(nn.Module):
   kind: str = 'group'
 
   @nn.compact
-  def __call__(self, x, isolate=None, change=None):
-    """`change`: scale - 1 and shift of what is normalized, [B, C] each."""
+  def __call__(self, x, isolate=None, words=None):
+    """`words`: gain and shift of what is normalized, [B, C] each; or None."""
     shape = (x.shape[-1],)
     gain = self.param('scale', nn.initializers.ones, shape)[None]
     shift = jnp.zeros_like(gain)
     if self.kind == 'group':
       shift = self.param('bias', nn.initializers.zeros, shape)[None]
-    if change is not None:
-      scale, more = (c.astype(jnp.float32) for c in change)
-      gain, shift = gain * (scale + 1), shift * (scale + 1) + more
+    if words is not None:
+      gain, shift = gain * words[0], shift * words[0] + words[1]
     if self.kind == 'group':
       size = x.shape[-1] // GROUPS
       return norms.group_norm(x, gain, shift, isolate, size)
@@ -109,13 +108,14 @@ class ResBlock(nn.Module):
     h = x
     for first in (True, False):
       h = Conv(self.features, over_time=over_time, dtype=self.dtype)(h, isolate)
-      change = None
+      words = None
       if first and cond is not None:
         change = _dense(2 * self.features, self.dtype)(jax.nn.silu(cond))
-        change = jnp.split(change, 2, -1)
-      h = jax.nn.silu(Norm(self.norm)(h, isolate, change))
+        scale, shift = jnp.split(change.astype(jnp.float32), 2, -1)
+        words = scale + 1, shift
+      h = jax.nn.silu(Norm(self.norm)(h, isolate, words))
     if x.shape[-1] != self.features:
-      flat = x.reshape(-1, x.shape[-1])
+      flat = x.reshape(-1, x.shape[-1])  # As `layers.project`.
       x = _dense(self.features, self.dtype)(flat).reshape(h.shape)
     return h + x
 
