@@ -57,7 +57,6 @@ def _size_fev_gan(stage):
   fev_gan.shrink(stage)
   stage.model.lambda_lips = 20.0
   stage.train.update(num_steps=600, ckpt_every=100, sample_every=100)
-  stage.optim.generator.schedule = 'cosine'  # as long as the training
 
 
 _SIZED = {
