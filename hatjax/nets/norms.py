@@ -60,8 +60,9 @@ def _modulate(x, gain, shift):
 def _modulate_backward(saved, g):
   x, gain = saved
   wide = g.astype(jnp.float32)
-  change = (wide * _spread(gain, x)).astype(x.dtype)
-  return change, sum_space(wide * x), sum_space(wide)
+  sums = sum_space(wide * x.astype(jnp.float32)), sum_space(wide)
+  change = (g * _spread(gain, x)).astype(x.dtype)
+  return change, *(s.astype(gain.dtype) for s in sums)
 
 
 modulate.defvjp(_modulate, _modulate_backward)
@@ -149,7 +150,7 @@ def _group_norm_backward(size, eps, saved, g):
       sums = [s.sum(1) for s in sums]
     if len(gain) == 1:
       sums = [s.sum(0, keepdims=True) for s in sums]
-    of_parameters = sums[::-1]
+    of_parameters = [s.astype(gain.dtype) for s in sums[::-1]]
   pull, tilt = (
     _spread(_of_groups(s, x, isolate, size), x) for s in seen
   )
