@@ -54,19 +54,35 @@ def pictures(image, frames, masks, crop=0):
   frames = frames * masks[:, 1:]
   if not crop:
     return images, frames
+  return cut(images, masks, crop), cut(frames, masks, crop)
+
+
+def cut(frames, masks, size):
+  """A square of every frame, centred on the lips of the clip.
+
+  Where these are unknown it is the middle of the frames.
+
+  Args:
+    frames: [B, K, H, W, C].
+    masks: see the module.
+    size: its side in pixels.
+
+  Returns:
+    [B, K, size, size, C].
+  """
   weight = masks.max(1)[..., 0]
-  starts = [_cut_start(weight.sum(axis), crop) for axis in (2, 1)]
-  cut = jax.vmap(
+  rows, columns = (_cut_start(weight.sum(axis), size) for axis in (2, 1))
+  return jax.vmap(
     lambda x, i, j: jax.lax.dynamic_slice(
-      x, (0, i, j, 0), (x.shape[0], crop, crop, x.shape[3])
+      x, (0, i, j, 0), (x.shape[0], size, size, x.shape[3])
     )
-  )
-  return cut(images, *starts), cut(frames, *starts)
+  )(frames, rows, columns)
 
 
 def _cut_start(weight, size):
   """First row (or column) of a cut of `size` centred on the mass [B, N]."""
   n = weight.shape[1]
-  centre = (weight * jnp.arange(n)).sum(1) / jnp.maximum(weight.sum(1), 1e-6)
+  weight = jnp.where(weight.sum(1, keepdims=True) > 0, weight, 1)
+  centre = (weight * jnp.arange(n)).sum(1) / weight.sum(1)
   start = jnp.round(centre - (size - 1) / 2).astype(jnp.int32)
   return jnp.clip(start, 0, n - size)

@@ -103,7 +103,7 @@ def test_guidance_goes_from_the_null_label_through_the_label(tiny):
   dict(
     mode='paired', conv='space_time', schedule='additive', patch=2,
     sampler='ancestral', prediction='eps', loss='l1', guidance=2.0,
-    dynamic_threshold=0.9, remat=True, mean_fraction=0.0,
+    dynamic_threshold=0.9, remat=True, mean_fraction=0.0, dim_mults=(1, 2),
   ),
   dict(
     norm='rms', schedule='linear', prediction='x0', dtype='bfloat16',

@@ -75,6 +75,7 @@ def _model(preset, image_size):
     hold_ends=False,              # first and last frame go on beyond the video
     discriminator_width=64,
     discriminator_size=0,         # side of the frames it sees; 0: image_size
+    discriminator_lips=False,     # sees a cut of that side, of the lips, too
     label_inject='first',         # after D's first layer; input
     n_id_frames=4,
     lambda_gan=1.0,

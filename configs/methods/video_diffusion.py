@@ -105,7 +105,7 @@ def _model(preset, image_size):
     )
   if preset == 'tiny':
     model |= dict(
-      dim=8, dim_mults=(1, 2), heads=2, head_dim=4, num_noise_steps=20,
+      dim=8, dim_mults=(1,), heads=2, head_dim=4, num_noise_steps=20,
       num_sample_steps=4, window=3,
     )
   return model

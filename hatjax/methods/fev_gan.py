@@ -62,6 +62,7 @@ class FEVGAN:
   init_weights: str = 'normal'
   discriminator_width: int = 64
   discriminator_size: int = 0
+  discriminator_lips: bool = False
   label_inject: str = 'first'
   n_id_frames: int = 4
   lambda_gan: float = 1.0
@@ -222,7 +223,9 @@ class FEVGAN:
     params['generator'] = variables['params']
     if self.lambda_gan:
       params['discriminator'] = (
-        self.discriminator.init(rng_d, self._shown(video), label)['params']
+        self.discriminator.init(
+          rng_d, self._shown(video, batch['lip_mask'][:1]), label
+        )['params']
       )
     tx = {name: self.tx[name] for name in ('generator', *self._judges)}
     return state_lib.create(
@@ -316,21 +319,26 @@ class FEVGAN:
 
   def discriminator_loss(self, params, fake, batch):
     """-log D(Y, L) - log(1 - D(Y^, L)), halved (eq. 3 as it is meant)."""
-    fake = self._judge(params, losses.stop(fake), batch['label'])
-    real = self._judge(params, batch['video'], batch['label'])
+    fake = self._judge(params, losses.stop(fake), batch)
+    real = self._judge(params, batch['video'], batch)
     fake, real = losses.bce(fake, 0.0).mean(), losses.bce(real, 1.0).mean()
     return 0.5 * (fake + real), {
       'loss/discriminator_fake': fake, 'loss/discriminator_real': real,
     }
 
-  def _shown(self, video):
-    """What the discriminator sees: where it is small, means of cells."""
+  def _shown(self, video, masks):
+    """What the discriminator sees: where it is small, means of cells, and
+    behind them, if asked for, the lips as they are."""
     size = self.discriminator_size or self.image_size
-    return nets.cell_means(video, self.image_size // size)
+    small = nets.cell_means(video, self.image_size // size)
+    if not self.discriminator_lips:
+      return small
+    return jnp.concatenate([small, lips.cut(video, masks, size)], -1)
 
-  def _judge(self, params, video, label):
+  def _judge(self, params, video, batch):
+    shown = self._shown(video, batch['lip_mask'])
     logits, _ = self.discriminator.apply(
-      {'params': params}, self._shown(video), label, mutable=['batch_stats']
+      {'params': params}, shown, batch['label'], mutable=['batch_stats']
     )
     return logits
 
@@ -343,7 +351,7 @@ class FEVGAN:
       state: its discriminator judges.
       batch: see `train_step`.
     """
-    real, label = batch['video'], batch['label']
+    real = batch['video']
     terms = {'l1': (self.lambda_rec, lambda: losses.l1(fake, real).mean())}
     if self.lambda_lips:
       terms['lips'] = (self.lambda_lips, lambda: lips.l1(
@@ -355,7 +363,7 @@ class FEVGAN:
       ))
     if self.lambda_gan:
       terms['gan'] = (self.lambda_gan, lambda: losses.bce(
-        self._judge(state.params['discriminator'], fake, label), 1.0
+        self._judge(state.params['discriminator'], fake, batch), 1.0
       ).mean())
     metrics, loss = {}, 0.0
     for name, (weight, term) in terms.items():
