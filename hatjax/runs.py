@@ -112,18 +112,9 @@ def load_earlier(config):
   for name, folder in config.get('init_from', {}).items():
     if not folder or not methods.makes_video(name):
       continue
-    other, setting = workdir.read_config(folder), f'config.init_from.{name}'
-    if name not in other['stages']:
-      raise ValueError(
-        f'{setting}: {folder} has no stage {name}. It has: '
-        f'{", ".join(other["stages"])}.'
-      )
-    ours, theirs = config['info']['labels'], other['info']['labels']
-    if ours != theirs:
-      raise ValueError(
-        f'{setting}: {folder} knows the labels {", ".join(theirs)}, these '
-        f'records have {", ".join(ours)}. Take a run on the same records.'
-      )
+    other = workdir.read_other(
+      folder, name, f'config.init_from.{name}', config['info']['labels']
+    )
     # It makes drafts in the way this run computes: memory, determinism.
     other = {**other, name: methods.settle(config, other[name])}
     stages.append(load_stage(folder, other, name))

@@ -9,8 +9,10 @@ The same command again resumes; Ctrl-C saves. Exit code 0 if it trained or was
 stopped and saved, 1 on an error.
 """
 
+import copy
 import inspect
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -131,8 +133,12 @@ def train(config, folder, data_dir=None):
       ),
       train__on_nan=(block['train'].get('on_nan', 'stop'), guard.ACTIONS),
     )
-    frozen = init_from.load(config, method)
-    parts.append((name, block, batches, method, frozen))
+    begin, frozen = None, {}
+    if not block['train'].get('start_from'):
+      frozen = init_from.load(config, method)
+    elif not workdir.list_steps(pathlib.Path(folder) / name):
+      begin = init_from.trained({**config, 'info': info}, name)
+    parts.append((name, block, batches, method, begin, frozen))
   config = _absolute({**config, 'info': info})
   earlier = runs.load_earlier(config)
   runs.check_cascade(
@@ -146,7 +152,7 @@ def train(config, folder, data_dir=None):
   root = jax.random.key(config['seed'])
   states = {}
   with workdir.open_workdir(folder, config) as folder:
-    for name, block, batches, method, frozen in parts:
+    for name, block, batches, method, begin, frozen in parts:
       run = workdir.Run(folder / name, block['train'].get('keep', 3))
       try:
         state = _finished(run, method, block)
@@ -156,7 +162,7 @@ def train(config, folder, data_dir=None):
               frozen[net] = states[source].params[net]
           stage = _Stage(
             config, block, batches, method, run, data_dir, options, previous,
-            frozen,
+            begin, frozen,
           )
           state = _train_stage(stage, root)
       finally:
@@ -207,10 +213,14 @@ def _agree(info, other, name):
 def _absolute(config):
   """A run must find the runs it builds on from any folder."""
   full = lambda folder: folder and os.path.abspath(os.path.expanduser(folder))
-  if 'init_from' not in config:
-    return config
-  init_from = {k: full(v) for k, v in config['init_from'].items()}
-  return {**config, 'init_from': init_from}
+  config = copy.deepcopy(config)
+  init_from = config.get('init_from', {})
+  for source in init_from:
+    init_from[source] = full(init_from[source])
+  for name in config['stages']:
+    block = config[name]['train']
+    block['start_from'] = full(block.get('start_from', ''))
+  return config
 
 
 def _call(function, block, **kwargs):
@@ -241,10 +251,10 @@ class _Stage:
 
   def __init__(
     self, config, stage, batches, method, run, data_dir, options,
-    previous=None, frozen=None,
+    previous=None, begin=None, frozen=None,
   ):
-    self.settings, self.run = stage['train'], run
-    self.batches, self.frozen = batches, frozen
+    self.settings, self.run, self.batches = stage['train'], run, batches
+    self.begin, self.frozen = begin, frozen
     prepare, resident = batches.prepare, batches.resident_frames()
     if getattr(method, 'needs_draft', False):
       alpha = self.settings.get('draft_alpha', 'inferred')
@@ -277,9 +287,13 @@ class _Stage:
     state = self.run.restore(self.runner.abstract_state(example))
     if state is None:
       state = self.runner.init(jax.random.fold_in(root, 2**31), example)
-      if self.frozen:
-        state = init_from.put(self.runner.fetch(state), self.frozen)
-        state = self.runner.place(jax.device_get(state))
+      if self.begin or self.frozen:
+        state = self.runner.fetch(state)
+        if self.begin:
+          state = init_from.start(state, self.begin)
+        # To the host: what others hold must outlive the steps' donation.
+        state = jax.device_get(init_from.put(state, self.frozen))
+        state = self.runner.place(state)
       return 0, state
     step = int(state.step)
     print(f'Resuming {self.run.folder} at step {step}.')

@@ -72,6 +72,33 @@ def read_config(workdir):
     raise ValueError(f'{path} cannot be read: {error}.') from error
 
 
+def read_other(folder, stage, setting, labels=None):
+  """The config of a run that another one builds on.
+
+  Args:
+    folder: its workdir.
+    stage: that it must have.
+    setting: that named it, for the message.
+    labels: that it must know; None for any.
+
+  Raises:
+    ValueError: it is no run, lacks the stage or knows other labels.
+  """
+  config = read_config(folder)
+  if stage not in config['stages']:
+    raise ValueError(
+      f'{setting}: {folder} has no stage {stage}. It has: '
+      f'{", ".join(config["stages"])}.'
+    )
+  known = config['info']['labels']
+  if labels is not None and known != labels:
+    raise ValueError(
+      f'{setting}: {folder} knows the labels {", ".join(known)}, these '
+      f'records have {", ".join(labels)}. Take a run on the same records.'
+    )
+  return config
+
+
 def write_atomically(path, text):
   """Puts text into a file, whole or not at all; OSError leaves the old one."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')

@@ -408,7 +408,7 @@ def test_nets_from_elsewhere_are_asked_for_and_checked(tiny, tmp_path):
 
 
 def test_one_command_trains_the_encoder_and_what_needs_it(
-  toy_records, tmp_path
+  toy_records, tmp_path, capsys
 ):
   config = frame_folders.get_config('identity_encoder,fev_gan,tiny').to_dict()
   for name in config['stages']:
@@ -435,3 +435,20 @@ def test_one_command_trains_the_encoder_and_what_needs_it(
   method = runs.make_method(again['fev_gan'], run.config['info'], 16)
   found = init_from.load(again, method)['identity_encoder']
   assert jax.tree.all(jax.tree.map(np.array_equal, learned, found))
+  # Training that starts from these nets, judged anew.
+  again = config | {'stages': ('fev_gan',)}
+  again['fev_gan']['train'] |= {
+    'num_steps': 1, 'start_from': str(tmp_path / 'run')
+  }
+  again['fev_gan']['model']['discriminator_lips'] = True
+  again['fev_gan']['optim']['generator']['lr'] = 0.0
+  new = train.train(again, tmp_path / 'next', toy_records)['fev_gan']
+  assert 'note: discriminator starts anew: Conv_0 ' in capsys.readouterr().out
+  for net in ('generator', 'identity_encoder'):
+    expected = states['fev_gan'].inference_params(net)
+    for found in (new.params[net], new.inference_params(net)):
+      jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert int(new.step) == 1
+  again['fev_gan']['model']['es_width'] = 8
+  with pytest.raises(ValueError, match='generator have other shapes'):
+    train.train(again, tmp_path / 'wrong', toy_records)

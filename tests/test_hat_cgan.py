@@ -201,6 +201,9 @@ def test_patch_crop_is_centred_on_the_lips(stage, batch):
   np.testing.assert_array_equal(
     frames[0, 0, ..., 0], np.pad(np.ones((4, 4)), 1)
   )
+  places = np.arange(256.0).reshape(1, 1, 16, 16, 1)
+  unknown = lips.cut(places, np.zeros((1, 2, 16, 16, 1)), 6)
+  np.testing.assert_array_equal(unknown, places[:, :, 5:11, 5:11])
 
 
 def test_adversarial_warm_up_ramps_from_zero(stage, batch):

@@ -41,6 +41,7 @@ def start_stage(method, presets, preset, image_size, **data):
   stage.data.update(data)
   stage.train = dict(
     num_steps=20_000,
+    start_from='',                # a run whose nets it begins with
     steps_per_dispatch=10,
     dispatch='auto',              # scan or loop over those
     log_every=50,
