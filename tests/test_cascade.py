@@ -234,8 +234,6 @@ def test_a_stage_of_another_run_drafts_as_this_run_computes(folders):
 
 def test_both_stages_train_under_the_profile(toy_records, tmp_path, capsys):
   config = tiny_config('hat_cgan_diff,4gb', steps=1) | {'deterministic': True}
-  for name in STAGES:
-    config[name]['data']['batch_size'] = 1  # parts cost compilation
   states = train.train(config, tmp_path / 'a', toy_records)
   assert capsys.readouterr().out.count('compiler options: ') == 1
   saved = workdir.read_config(tmp_path / 'a')
