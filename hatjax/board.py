@@ -1,10 +1,13 @@
-"""TensorBoard's file, written at once.
+"""Metrics to look at: TensorBoard's file, written at once, and plots.
 
 tensorboardX's own writer is a thread, which dies of a full disk or of a clock
 that is set back; the next log would wait for it forever.
 """
 
+import os
 import time
+
+import numpy as np
 
 
 class Board:
@@ -38,3 +41,42 @@ class Board:
   def close(self):
     """Finishes the file."""
     self._writer.close()
+
+
+def plot(rows, path):
+  """Writes curves of metrics as a picture, a plot per kind.
+
+  Args:
+    rows: dicts with step and metrics such as loss/l1.
+    path: pathlib.Path of the PNG; left alone where there are no metrics.
+  """
+  names = sorted({k for row in rows for k in row if '/' in k})
+  groups = {}
+  for name in names:
+    groups.setdefault(_panel(name), []).append(name)
+  if not groups:
+    return
+  from matplotlib import figure  # Slow to import.
+
+  fig = figure.Figure(figsize=(5 * len(groups), 3.6), layout='constrained')
+  axes = np.atleast_1d(fig.subplots(1, len(groups)))
+  for axis, (title, members) in zip(axes, sorted(groups.items())):
+    for name in members:
+      points = [(row['step'], row[name]) for row in rows if name in row]
+      axis.plot(*zip(*points), label=name.split('/', 1)[1], linewidth=1)
+    axis.set(title=title, xlabel='step')
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+  temporary = path.with_suffix('.tmp.png')
+  fig.savefig(temporary, dpi=110)
+  os.replace(temporary, path)
+
+
+def _panel(name):
+  """Which plot a metric belongs to."""
+  kind, rest = name.split('/', 1)
+  if kind == 'loss':
+    return 'discriminators' if 'discriminator' in rest else 'generator'
+  if 'alpha' in rest:
+    return 'alpha'
+  return {'psnr': 'PSNR (dB)', 'val': 'PSNR (dB)'}.get(kind, kind)

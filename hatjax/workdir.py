@@ -486,35 +486,5 @@ class Run:
 
   def plot_losses(self):
     """losses.png: curves of metrics.jsonl, as the paper's figures 9 and 10."""
-    rows = self.history()
-    names = sorted({k for row in rows for k in row if '/' in k})
-    groups = {}
-    for name in names:
-      groups.setdefault(_panel(name), []).append(name)
-    if not groups or not self._writes_logs:
-      return
-    from matplotlib import figure  # Slow to import.
-
-    fig = figure.Figure(figsize=(5 * len(groups), 3.6), layout='constrained')
-    axes = np.atleast_1d(fig.subplots(1, len(groups)))
-    for axis, (title, members) in zip(axes, sorted(groups.items())):
-      for name in members:
-        points = [(row['step'], row[name]) for row in rows if name in row]
-        axis.plot(*zip(*points), label=name.split('/', 1)[1], linewidth=1)
-      axis.set(title=title, xlabel='step')
-      axis.legend(fontsize=7)
-      axis.grid(alpha=0.3)
-    path = self.folder / 'losses.png'
-    temporary = path.with_suffix('.tmp.png')
-    fig.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
-
-
-def _panel(name):
-  """Which plot a metric belongs to."""
-  kind, rest = name.split('/', 1)
-  if kind == 'loss':
-    return 'discriminators' if 'discriminator' in rest else 'generator'
-  if 'alpha' in rest:
-    return 'alpha'
-  return {'psnr': 'PSNR (dB)', 'val': 'PSNR (dB)'}.get(kind, kind)
+    if self._writes_logs:
+      board.plot(self.history(), self.folder / 'losses.png')
