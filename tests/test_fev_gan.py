@@ -180,7 +180,7 @@ def test_losses_are_those_of_equations_1_and_3(tiny):
   params = state.params['discriminator']
   loss, _ = method.discriminator_loss(params, fake, batch)
   real, made = (
-    jax.nn.sigmoid(method._judge(params, video, batch['label']))
+    jax.nn.sigmoid(method._judge(params, video, batch))
     for video in (batch['video'], fake)
   )
   # -log D(Y) - log(1 - D(Y^)), halved; the generator's is -log D(Y^).
@@ -268,12 +268,16 @@ def test_a_painter_sees_near_pixels_and_hints_alone():
   assert np.abs(told[0] - told[1]).max() > 0
 
 
-def test_a_small_discriminator_sees_means_of_cells(tiny):
-  video = tiny[2]['video']
-  seen = make(discriminator_size=8)._shown(video)
+def test_a_small_discriminator_sees_means_of_cells_and_the_lips(tiny):
+  video, mask = tiny[2]['video'], np.zeros_like(tiny[2]['lip_mask'])
+  mask[:, :, 9:13, 2:6] = 1
+  small = make(discriminator_size=8)._shown(video, mask)
   cells = video[:, :, 4:6, 10:12].mean((2, 3))
-  np.testing.assert_allclose(seen[:, :, 2, 5], cells, atol=1e-6)
-  np.testing.assert_array_equal(make()._shown(video), video)
+  np.testing.assert_allclose(small[:, :, 2, 5], cells, atol=1e-6)
+  both = make(discriminator_size=8, discriminator_lips=True)._shown(video, mask)
+  np.testing.assert_array_equal(both[..., :3], small)
+  np.testing.assert_array_equal(both[..., 3:], video[:, :, 7:15, :8])
+  np.testing.assert_array_equal(make()._shown(video, mask), video)
 
 
 def test_weights_start_by_their_fan_in_where_told():
