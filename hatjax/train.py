@@ -219,7 +219,9 @@ def _absolute(config):
     init_from[source] = full(init_from[source])
   for name in config['stages']:
     block = config[name]['train']
-    block['start_from'] = full(block.get('start_from', ''))
+    folder = block.pop('start_from', '')  # '' says nothing: older runs go on
+    if folder:
+      block['start_from'] = full(folder)
   return config
 
 
