@@ -43,15 +43,17 @@ def pictures(image, frames, masks, crop=0):
 
   Args:
     image: [B, H, W, 3], the neutral frame.
-    frames: [B, K, H, W, 3].
+    frames: [B, K, H, W, 3], or several such side by side along their time.
     masks: see the module.
     crop: side of a cut centred on the lips of the clip; 0 for none.
 
   Returns:
-    (neutral pictures, frames), both [B, K, H or crop, W or crop, 3].
+    (neutral pictures, frames), both as many as there are frames,
+    [B, K, H or crop, W or crop, 3].
   """
   images = jnp.repeat((image * masks[:, 0])[:, None], frames.shape[1], 1)
-  frames = frames * masks[:, 1:]
+  times = frames.shape[1] // (masks.shape[1] - 1)
+  frames = frames * jnp.tile(masks[:, 1:], (1, times, 1, 1, 1))
   if not crop:
     return images, frames
   return cut(images, masks, crop), cut(frames, masks, crop)

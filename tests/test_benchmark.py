@@ -422,7 +422,7 @@ def randomize(params, scale=0.2):
   )
 
 
-@pytest.mark.parametrize('lowering', ('plain', 'rewritten'))
+@pytest.mark.parametrize('lowering', lowerings.LOWERINGS[1:])
 def test_generator_equals_torch(lowering):
   torch = pytest.importorskip('torch')
   import torch_reference

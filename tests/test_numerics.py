@@ -27,18 +27,22 @@ def same_conv(x, kernel):
 
 @pytest.mark.parametrize('nd, form', [
   (1, 'taps'), (2, 'taps'), (3, 'taps'), (2, 'cells'), (3, 'cells'),
-  (2, 'filter'), (2, 'large'),
+  (2, 'filter'), (2, 'large'), (2, 'aligned'), (3, 'aligned'),
+  (2, 'aligned taps'),
 ])
 @pytest.mark.parametrize('kernel', [3, 4])
 @pytest.mark.parametrize(
   'op', [layers.downsample_conv, layers.upsample_conv, same_conv]
 )
-def test_rewritten_convolution_equals_plain(op, kernel, nd, form, monkeypatch):
+def test_every_form_of_a_convolution_equals_plain(
+  op, kernel, nd, form, monkeypatch
+):
   features = layers.FEW + 1
   x = normal(0, 2, *(8, 4, 6)[:nd], 3)
   w = 0.1 * normal(1, *(kernel,) * nd, 3, features)
   if form != 'taps':
-    monkeypatch.setattr(layers, 'SMALL', 2)
+    sides = {'plain': 0, 'rewritten': 2, 'aligned': 8 * ('taps' in form)}
+    monkeypatch.setattr(layers, 'SMALL', sides)
   if form == 'filter':
     monkeypatch.setattr(layers, '_filter_pays', lambda *_: True)
   if form == 'large':
@@ -53,10 +57,13 @@ def test_rewritten_convolution_equals_plain(op, kernel, nd, form, monkeypatch):
       text = jax.jit(step).lower(x, w).as_text()
       return text, *jax.jit(step)(x, w)
 
-  (_, *plain), (text, *others) = run('plain'), run('rewritten')
+  name = 'aligned' if 'aligned' in form else 'rewritten'
+  (_, *plain), (text, *others) = run('plain'), run(name)
+  halves = op is layers.downsample_conv
   products = {
     'taps': op is not same_conv, 'cells': False, 'filter': True,
-    'large': op is same_conv and kernel == 3,
+    'large': op is same_conv and kernel == 3, 'aligned': False,
+    'aligned taps': op is not same_conv and not (halves and kernel == 3),
   }
   assert ('stablehlo.convolution' in text) != products[form]
   for one, other in zip(plain, others):

@@ -252,7 +252,7 @@ class HatCGAN:
     video = batch['video']
     image, frames = video[:, 0], video[:, 1:]
     b = image.shape[0]
-    keys = jax.random.split(rng, 8)
+    keys = jax.random.split(rng, 6)
     every = _fold(video)
     codes = apply('encode_base', every, key=keys[0], train=True)
     codes = [_unfold(c, b) for c in codes]
@@ -270,26 +270,27 @@ class HatCGAN:
     shown = progress if self.training_alpha == 'visible' else alpha
     still = jax.lax.stop_gradient(shown)  # Image losses do not reach alpha.
     noise = jax.random.normal(keys[3], (b, self.noise_dim or 1))
-    moved_codes = apply('transform', neutral, motion, still, noise)
+    codes = apply('transform', neutral, motion, still, noise)
     moved = apply('moved_image', image, motion, still)
-    out = {'alpha': alpha, 'shown': still}
+    style = apply('style', motion, still)
+    parts = ('fake', 'recon') if self.lambda_recon else ('fake',)
+    if self.lambda_recon:  # Later faces from their own codes, at alpha = 0.
+      beside = lambda x, y: None if x is None else _fold(
+        jnp.concatenate([_unfold(x, b), _unfold(y, b)], 1)
+      )
+      codes = [beside(*pair) for pair in zip(codes, later)]
+      moved = beside(moved, jnp.repeat(image, frames.shape[1], 0))
+      style = beside(style, jax.tree.map(jnp.zeros_like, style))
+    made = apply(
+      'decode', self._jitter(codes, keys[4]), moved, key=keys[5], train=True,
+      style=style,
+    )
+    made = jnp.split(_unfold(made, b), len(parts), 1)
+    out = dict(zip(parts, made), alpha=alpha, shown=still)
     if self.lambda_code:
       out['code_error'] = intensity.code_error(
         codes_1d, residual_1d, progress
       )
-    out['fake'] = _unfold(
-      apply(
-        'decode', self._jitter(moved_codes, keys[4]), moved, key=keys[5],
-        train=True, style=apply('style', motion, still),
-      ), b,
-    )
-    if self.lambda_recon:
-      # Decoded from its own base code (alpha = 0): an auto-encoder.
-      own = None if moved is None else jnp.repeat(image, frames.shape[1], 0)
-      recon = apply(
-        'decode', self._jitter(later, keys[6]), own, key=keys[7], train=True
-      )
-      out['recon'] = _unfold(recon, b)
     return out
 
   def _jitter(self, codes, rng):
@@ -317,7 +318,7 @@ class HatCGAN:
     return alpha
 
   def _scores(self, params, name, batch, frames):
-    """Logits of a discriminator for frames [B, K, H, W, 3]."""
+    """Logits of a discriminator for frames [B, K or 2 K, H, W, 3]."""
     if name == 'patch_discriminator':
       images, frames = lips.pictures(
         batch['video'][:, 0], frames, batch['lip_mask'], self.patch_crop
@@ -336,19 +337,18 @@ class HatCGAN:
 
   def discriminator_loss(self, params, name, out, batch, real_alpha):
     """0.5 (gan(D(fake), 0) + gan(D(real), 1)) of one discriminator."""
+    scale, weight = 1.0, None
     if name == 'alpha_discriminator':
       net = nets.AlphaDiscriminator()
       fake = net.apply({'params': params}, out['alpha'])
       real = net.apply({'params': params}, real_alpha)
-      weight = None
       scale = self.lambda_alpha
     else:
-      fake = self._scores(params, name, batch, out['fake'])
-      real = self._scores(params, name, batch, batch['video'][:, 1:])
-      weight = None
+      both = jnp.concatenate([out['fake'], batch['video'][:, 1:]], 1)
+      scores = _unfold(self._scores(params, name, batch, both), len(both))
+      fake, real = map(_fold, jnp.split(scores, 2, 1))
       if name == 'patch_discriminator':
         weight = lips.known(batch['lip_mask'])
-      scale = 1.0
     fake, real = self._gan(fake, 0.0, weight), self._gan(real, 1.0, weight)
     return scale * 0.5 * (fake + real), {
       f'loss/{name}_fake': fake, f'loss/{name}_real': real,

@@ -15,13 +15,15 @@ from einops import rearrange
 from jax import lax
 
 from hatjax.nets import winograd
-from hatjax.nets.lowerings import rewrites
+from hatjax.nets.lowerings import form, rewrites
 from hatjax.nets.norms import add_bias
 
 # Up to this side of the smaller picture, and up to so many channels, every tap
-# has its own matrix product: the kernel is used as it lies.
-SMALL = 8
+# has its own matrix product: the kernel is used as it lies. (Kernels as large
+# as their pictures make cuDNN take one for the other.)
+SMALL = {'plain': 0, 'aligned': 4, 'rewritten': 8}
 FEW = 16
+ALIGNED = 8  # channels, what tensor cores take at a time
 
 
 def _dimension_numbers(nd):
@@ -29,12 +31,19 @@ def _dimension_numbers(nd):
   return f'N{axes}C', f'{axes}IO', f'N{axes}C'
 
 
-def _convolve(x, kernel, strides, padding, lhs_dilation=None):
-  nd = kernel.ndim - 2
-  return lax.conv_general_dilated(
-    x, kernel, strides, padding, lhs_dilation=lhs_dilation,
+def _convolve(x, kernel, strides, padding, double=False):
+  """The primitive; with `double` by the kernel turned over, x spread out."""
+  nd, features = kernel.ndim - 2, kernel.shape[-1]
+  if form() == 'aligned':
+    more = [(0, -channels % ALIGNED) for channels in kernel.shape[-2:]]
+    kernel = jnp.pad(kernel, [(0, 0)] * nd + more)
+    x = jnp.pad(x, [(0, 0)] * (1 + nd) + more[:1])
+  y = lax.conv_general_dilated(
+    x, jnp.flip(kernel, range(nd)) if double else kernel, strides, padding,
+    lhs_dilation=(2,) * nd if double else None,
     dimension_numbers=_dimension_numbers(nd),
   )
+  return y[..., :features]
 
 
 def _pad_kernel_to_even(kernel):
@@ -56,12 +65,13 @@ def downsample_conv(x, kernel):
   """
   nd = kernel.ndim - 2
   pads = [((kernel.shape[0] - 1) // 2,) * 2] * nd
+  if rewrites():
+    kernel = _pad_kernel_to_even(kernel)
+  channels, features = kernel.shape[-2:]
+  if max(x.shape[1:-1]) <= 2 * SMALL[form()] and kernel.shape[0] == 4:
+    return project(_taps(nd)[0](x), kernel.reshape(-1, features))
   if not rewrites():
     return _convolve(x, kernel, (2,) * nd, pads)
-  kernel = _pad_kernel_to_even(kernel)
-  channels, features = kernel.shape[-2:]
-  if max(x.shape[1:-1]) <= 2 * SMALL and kernel.shape[0] == 4:
-    return project(_taps(nd)[0](x), kernel.reshape(-1, features))
   # Zero-pad, move each 2x..x2 cell into channels, then a dense convolution.
   cells = (kernel.shape[0] // 2,) * nd
   x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
@@ -104,15 +114,13 @@ def upsample_conv(x, kernel):
   """
   nd = kernel.ndim - 2
   kernel = _pad_kernel_to_even(kernel)
-  if not rewrites():
-    flipped = jnp.flip(kernel, range(nd))
-    return _convolve(
-      x, flipped, (1,) * nd, [(2, 2)] * nd, lhs_dilation=(2,) * nd
-    )
   inputs, features = kernel.shape[-2:]
-  if max(x.shape[1:-1]) <= SMALL or features <= FEW:
+  small = max(x.shape[1:-1]) <= SMALL[form()]
+  if small or (rewrites() and features <= FEW):
     kernel = jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1)
     return _taps(nd)[1](project(x, kernel))
+  if not rewrites():
+    return _double(x, kernel)
   if _filter_pays(x, 4 * features, inputs):
     # The transpose of `downsample_conv`.
     kernel = _split_axes(kernel.swapaxes(-1, -2), nd)
@@ -144,6 +152,29 @@ def upsample_conv(x, kernel):
   return _interleave(jnp.stack(parts, axis=-2), nd)
 
 
+@jax.custom_vjp
+def _double(x, kernel):
+  """`upsample_conv` as it is."""
+  nd = kernel.ndim - 2
+  return _convolve(x, kernel, (1,) * nd, [(2, 2)] * nd, double=True)
+
+
+def _double_backward(saved, g):
+  """Those of a strided convolution: of its own gradient cuDNN sees a kernel
+  as large as the picture and the samples as channels."""
+  x, kernel = saved
+  nd = kernel.ndim - 2
+  halve = lambda kernel: _convolve(
+    g, kernel.swapaxes(-1, -2), (2,) * nd, [(1, 1)] * nd
+  )
+  change, pull = jax.vjp(halve, kernel)
+  return change, *pull(x)
+
+
+_double.defvjp(lambda x, kernel: (_double(x, kernel), (x, kernel)),
+               _double_backward)
+
+
 def nearest_conv(x, kernel):
   """Doubles by repeating pixels, then convolves with kernel 3, padding 1.
 
@@ -158,7 +189,7 @@ def nearest_conv(x, kernel):
     [N, 2 * spatial, O].
   """
   nd = kernel.ndim - 2
-  if max(x.shape[1:-1]) <= SMALL:  # Adding up the taps would cost more.
+  if max(x.shape[1:-1]) <= 8:  # Adding up the taps would cost more.
     for axis in range(1, 1 + nd):
       x = jnp.repeat(x, 2, axis)
     return correlate(x, kernel, 1)

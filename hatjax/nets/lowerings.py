@@ -4,7 +4,7 @@ import contextlib
 
 import jax
 
-LOWERINGS = ('auto', 'plain', 'rewritten')
+LOWERINGS = ('auto', 'plain', 'aligned', 'rewritten')
 _lowering = ['auto']
 
 
@@ -13,9 +13,11 @@ def lowering(name):
   """Chooses how what is traced inside is lowered.
 
   Args:
-    name: 'plain' (the primitives), 'rewritten' (exact forms by stride-1
-      convolutions, matrix products and vectors of heads), or 'auto': rewritten
-      on CPU, where XLA's strided convolutions are 6x slower.
+    name: 'plain' (the primitives), 'aligned' (but channels are padded to
+      multiples of 8 and the smallest pictures are matrix products, as tensor
+      cores like it), 'rewritten' (exact forms by stride-1 convolutions, matrix
+      products and vectors of heads), or 'auto': rewritten on CPU, where XLA's
+      strided convolutions are 6x slower, aligned elsewhere.
   """
   if name not in LOWERINGS:
     raise ValueError(f'Unknown lowering {name!r}. Choose one of: {LOWERINGS}.')
@@ -26,8 +28,13 @@ def lowering(name):
     _lowering[0] = before
 
 
+def form():
+  """The form, one of LOWERINGS but 'auto', of what is traced now."""
+  if _lowering[0] == 'auto':
+    return 'rewritten' if jax.default_backend() == 'cpu' else 'aligned'
+  return _lowering[0]
+
+
 def rewrites():
   """Whether what is traced now takes the forms that a CPU likes."""
-  if _lowering[0] == 'auto':
-    return jax.default_backend() == 'cpu'
-  return _lowering[0] == 'rewritten'
+  return form() == 'rewritten'
