@@ -12,6 +12,7 @@ unbroken one would have read and the iterator needs no checkpoint.
 
 import dataclasses
 import functools
+from concurrent import futures
 
 import cv2
 import dm_pix
@@ -161,12 +162,18 @@ class Batches:
     """
     if not self.resident:
       return {}
-    videos, masks = [], []
-    for clip in self.clips:
+    frames = sum(clip.num_frames for clip in self.clips)
+    shape = (frames, self.load_size, self.load_size)
+    video, masks = (np.empty((*shape, n), np.uint8) for n in (3, 1))
+
+    def load(clip, at):
       for frame, mask in self.records.frames(clip, range(clip.num_frames)):
-        videos.append(self._fit(frame))
-        masks.append(self._fit(mask))
-    return {'video': np.stack(videos), 'lip_mask': np.stack(masks)}
+        video[at], masks[at] = self._fit(frame), self._fit(mask)
+        at += 1
+
+    with futures.ThreadPoolExecutor() as pool:
+      list(pool.map(load, self.clips, self._first_frames))
+    return {'video': video, 'lip_mask': masks}
 
   def prepare(self, batch, resident, rng):
     """Inside jit: gather (if resident), crop, flip, jitter, to float.
