@@ -406,8 +406,8 @@ def _define():
   integer('devices', d.devices, 'Use the first N; default all.')
   string(
     'lowering', d.lowering,
-    'How strided convolutions are compiled: plain, rewritten, or auto (what '
-    'the platform is thought to like).',
+    'How convolutions are compiled: plain, aligned (what tensor cores like), '
+    'rewritten (what CPUs like), or auto (by the platform).',
   )
   integer('steps', d.steps, 'Timed steps (or videos, or batches).')
   integer('warmup', d.warmup, 'Steps before them, besides the first.')
