@@ -70,6 +70,8 @@ def commands():
 def words_of(line):
   """(name of the hatjax command or None, its arguments)."""
   words = shlex.split(line)
+  while re.match('[A-Z_]+=', words[0]):  # of its environment
+    words = words[1:]
   if words[1:2] == ['-m'] and words[2].startswith('hatjax.'):
     return words[2].removeprefix('hatjax.'), words[3:]
   return None, words
