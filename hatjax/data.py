@@ -166,10 +166,11 @@ class Batches:
     shape = (frames, self.load_size, self.load_size)
     video, masks = (np.empty((*shape, n), np.uint8) for n in (3, 1))
 
-    def load(clip, at):
-      for frame, mask in self.records.frames(clip, range(clip.num_frames)):
+    def load(clip, first):
+      frames = self.records.frames(clip, range(clip.num_frames))
+      places = range(first, first + clip.num_frames)
+      for at, (frame, mask) in zip(places, frames, strict=True):
         video[at], masks[at] = self._fit(frame), self._fit(mask)
-        at += 1
 
     with futures.ThreadPoolExecutor() as pool:
       list(pool.map(load, self.clips, self._first_frames))

@@ -132,7 +132,7 @@ def _trace(function, whole, shapes, args):
   def program(weights, *args):
     return jax.lax.platform_dependent(
       weights, *args, cpu=_lowered('rewritten', function, whole),
-      default=_lowered('plain', function, whole),
+      default=_lowered('aligned', function, whole),
     )
 
   make = jax_export.export(jax.jit(program), platforms=PLATFORMS)

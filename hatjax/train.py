@@ -285,8 +285,9 @@ class _Stage:
 
   def start(self, root):
     """(step, state): the newest checkpoint, or step 0."""
-    example, state = self.batches.example(), None
-    if self.run.latest_step() is not None:
+    example = self.batches.example()
+    state = None
+    if self.run.latest_step() is not None:  # Else `init` need not be traced.
       state = self.run.restore(self.runner.abstract_state(example))
     if state is None:
       state = self.runner.init(jax.random.fold_in(root, 2**31), example)

@@ -52,7 +52,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 # Without a card neither kernels nor, in some programs, Triton's products can
 # be tried out.
 OPTIONS = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
-SIZES = {'pred': 1, 'u8': 1, 's8': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 's32': 4,
+SIZES = {'pred': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 's32': 4,
          'u32': 4, 's64': 8, 'u64': 8, 'f64': 8}
 NOT_KERNELS = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant')
 LARGE = 7  # side of a convolution's kernel
@@ -63,7 +63,7 @@ def bytes_of(shape):
   return sum(
     SIZES[kind] * math.prod(int(n) for n in dims.split(',') if n)
     for kind, dims in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', shape)
-    if kind in SIZES and kind != 's8'
+    if kind in SIZES
   )
 
 

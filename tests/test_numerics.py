@@ -11,7 +11,7 @@ from scipy import ndimage, signal, stats
 from skimage.metrics import peak_signal_noise_ratio
 
 from hatjax import intensity, losses, metrics, optim, validation, warp
-from hatjax.nets import layers, lowerings, norms, winograd
+from hatjax.nets import hat_cgan, layers, lowerings, norms, winograd
 
 
 def normal(seed, *shape):
@@ -114,6 +114,26 @@ def test_upsample_conv_is_the_transpose_of_downsample_conv():
   left = jnp.vdot(layers.downsample_conv(x, w), y)
   right = jnp.vdot(x, layers.upsample_conv(y, w.swapaxes(2, 3)))
   np.testing.assert_allclose(left, right, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', lowerings.LOWERINGS[1:])
+@pytest.mark.parametrize('k', (3, 4))
+def test_strided_convolution_of_odd_sides_equals_scipy(k, name):
+  x, w = normal(0, 1, 7, 5, 1), normal(1, k, k, 1, 1)
+  full = signal.correlate2d(np.pad(x[0, ..., 0], 1), w[..., 0, 0], 'valid')
+  with lowerings.lowering(name):
+    y, pull = jax.vjp(layers.downsample_conv, x, w)
+  np.testing.assert_allclose(y[0, ..., 0], full[::2, ::2], atol=1e-5)
+  assert [g.shape for g in pull(y)] == [x.shape, w.shape]
+
+
+def test_noise_of_bytes_is_normal():
+  x = np.asarray(hat_cgan._normal(
+    jax.random.key(0), (64, 64, 7), jnp.bfloat16
+  ).astype(jnp.float32)).ravel()
+  assert len(np.unique(x)) == 256
+  for moment, want in ((1, 0), (2, 1), (3, 0), (4, 3)):
+    np.testing.assert_allclose((x**moment).mean(), want, atol=0.15)
 
 
 def test_unknown_lowering_is_refused():

@@ -273,7 +273,7 @@ class HatCGAN:
     codes = apply('transform', neutral, motion, still, noise)
     moved = apply('moved_image', image, motion, still)
     style = apply('style', motion, still)
-    parts = ('fake', 'recon') if self.lambda_recon else ('fake',)
+    parts = ['fake'] + ['recon'] * bool(self.lambda_recon)
     if self.lambda_recon:  # Later faces from their own codes, at alpha = 0.
       beside = lambda x, y: None if x is None else _fold(
         jnp.concatenate([_unfold(x, b), _unfold(y, b)], 1)

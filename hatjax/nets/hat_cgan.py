@@ -478,8 +478,8 @@ def add_noise(codes, std, rng):
 
 
 def _normal(rng, shape, dtype):
-  """N(0, 1). A bfloat16 is made of a byte, about as many values as it would
-  have of 16 bits, since the random words are what costs time."""
+  """N(0, 1). A bfloat16 has one of 256 values (jax.random's has 128), four from
+  each random word, which is what costs time."""
   if dtype != jnp.bfloat16:
     return jax.random.normal(rng, shape, dtype)
   words = (*shape[:-1], -(-shape[-1] // 4))

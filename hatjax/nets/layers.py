@@ -18,11 +18,11 @@ from hatjax.nets import winograd
 from hatjax.nets.lowerings import form, rewrites
 from hatjax.nets.norms import add_bias
 
-# Up to this side of the smaller picture, and up to so many channels, every tap
-# has its own matrix product: the kernel is used as it lies. (Kernels as large
-# as their pictures make cuDNN take one for the other.)
+# Up to this side of the smaller picture every tap has its own matrix product:
+# the kernel is used as it lies. (XLA takes picture and kernel for each other on
+# their way to cuDNN where both are as large.)
 SMALL = {'plain': 0, 'aligned': 4, 'rewritten': 8}
-FEW = 16
+FEW = 16  # channels; on a CPU up to so many of them likewise
 ALIGNED = 8  # channels, what tensor cores take at a time
 
 
@@ -54,17 +54,19 @@ def _pad_kernel_to_even(kernel):
 
 
 def downsample_conv(x, kernel):
-  """Convolution with stride 2; even sizes.
+  """Convolution with stride 2.
 
   Args:
     x: [N, *spatial, C].
     kernel: [k, ..., C, O], k = 3 or 4 (padding 1) or 7 (padding 3).
 
   Returns:
-    [N, *spatial / 2, O].
+    [N, *spatial / 2, O], odd sizes rounded as k and the padding have it.
   """
   nd = kernel.ndim - 2
   pads = [((kernel.shape[0] - 1) // 2,) * 2] * nd
+  if any(side % 2 for side in x.shape[1:-1]):  # Nothing else fits those.
+    return _convolve(x, kernel, (2,) * nd, pads)
   if rewrites():
     kernel = _pad_kernel_to_even(kernel)
   channels, features = kernel.shape[-2:]
@@ -154,14 +156,14 @@ def upsample_conv(x, kernel):
 
 @jax.custom_vjp
 def _double(x, kernel):
-  """`upsample_conv` as it is."""
+  """`upsample_conv` by the primitive; kernel 4."""
   nd = kernel.ndim - 2
   return _convolve(x, kernel, (1,) * nd, [(2, 2)] * nd, double=True)
 
 
 def _double_backward(saved, g):
-  """Those of a strided convolution: of its own gradient cuDNN sees a kernel
-  as large as the picture and the samples as channels."""
+  """Gradients as those of a strided convolution: in autodiff's cuDNN sees a
+  kernel as large as the picture, and the samples as channels."""
   x, kernel = saved
   nd = kernel.ndim - 2
   halve = lambda kernel: _convolve(
@@ -189,7 +191,7 @@ def nearest_conv(x, kernel):
     [N, 2 * spatial, O].
   """
   nd = kernel.ndim - 2
-  if max(x.shape[1:-1]) <= 8:  # Adding up the taps would cost more.
+  if max(x.shape[1:-1]) <= SMALL['rewritten']:  # Adding taps costs more.
     for axis in range(1, 1 + nd):
       x = jnp.repeat(x, 2, axis)
     return correlate(x, kernel, 1)
