@@ -167,9 +167,9 @@ class Batches:
     video, masks = (np.empty((*shape, n), np.uint8) for n in (3, 1))
 
     def load(clip, first):
-      frames = self.records.frames(clip, range(clip.num_frames))
       places = range(first, first + clip.num_frames)
-      for at, (frame, mask) in zip(places, frames, strict=True):
+      decoded = self.records.frames(clip, range(clip.num_frames))
+      for at, (frame, mask) in zip(places, decoded, strict=True):
         video[at], masks[at] = self._fit(frame), self._fit(mask)
 
     with futures.ThreadPoolExecutor() as pool:
