@@ -253,8 +253,7 @@ class HatCGAN:
     image, frames = video[:, 0], video[:, 1:]
     b = image.shape[0]
     keys = jax.random.split(rng, 6)
-    every = _fold(video)
-    codes = apply('encode_base', every, key=keys[0], train=True)
+    codes = apply('encode_base', _fold(video), key=keys[0], train=True)
     codes = [_unfold(c, b) for c in codes]
     motion = apply(
       'encode_motion', image, batch['label'], key=keys[1], train=True
@@ -273,20 +272,21 @@ class HatCGAN:
     codes = apply('transform', neutral, motion, still, noise)
     moved = apply('moved_image', image, motion, still)
     style = apply('style', motion, still)
-    parts = ['fake'] + ['recon'] * bool(self.lambda_recon)
+    passes = {'fake': (codes, moved, style)}
     if self.lambda_recon:  # Later faces from their own codes, at alpha = 0.
-      beside = lambda x, y: None if x is None else _fold(
-        jnp.concatenate([_unfold(x, b), _unfold(y, b)], 1)
-      )
-      codes = [beside(*pair) for pair in zip(codes, later)]
-      moved = beside(moved, jnp.repeat(image, frames.shape[1], 0))
-      style = beside(style, jax.tree.map(jnp.zeros_like, style))
-    made = apply(
-      'decode', self._jitter(codes, keys[4]), moved, key=keys[5], train=True,
-      style=style,
-    )
-    made = jnp.split(_unfold(made, b), len(parts), 1)
-    out = dict(zip(parts, made), alpha=alpha, shown=still)
+      own = None if moved is None else jnp.repeat(image, frames.shape[1], 0)
+      passes['recon'] = later, own, jax.tree.map(jnp.zeros_like, style)
+    def decode(rng, codes, moved, style):
+      noise, drop = jax.random.split(rng)
+      return _unfold(apply('decode', self._jitter(codes, noise), moved,
+                           key=drop, train=True, style=style), b)
+    if self.microbatches > 1:  # Apart: the judges' pass drops `recon`.
+      made = [decode(key, *p) for key, p in zip(keys[4:], passes.values())]
+    else:
+      beside = lambda *x: _fold(jnp.concatenate([_unfold(y, b) for y in x], 1))
+      made = decode(keys[4], *jax.tree.map(beside, *passes.values()))
+      made = jnp.split(made, len(passes), 1)
+    out = dict(zip(passes, made), alpha=alpha, shown=still)
     if self.lambda_code:
       out['code_error'] = intensity.code_error(
         codes_1d, residual_1d, progress
