@@ -1,6 +1,7 @@
 """Floors 0 and 1 against references and invariances."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ def same_conv(x, kernel):
 @pytest.mark.parametrize('nd, form', [
   (1, 'taps'), (2, 'taps'), (3, 'taps'), (2, 'cells'), (3, 'cells'),
   (2, 'filter'), (2, 'large'), (2, 'aligned'), (3, 'aligned'),
+  (2, 'aligned wide'), (2, 'aligned few'), (3, 'aligned few'),
   (2, 'aligned taps'),
 ])
 @pytest.mark.parametrize('kernel', [3, 4])
@@ -37,9 +39,11 @@ def same_conv(x, kernel):
 def test_every_form_of_a_convolution_equals_plain(
   op, kernel, nd, form, monkeypatch
 ):
-  features = layers.FEW + 1
-  x = normal(0, 2, *(8, 4, 6)[:nd], 3)
-  w = 0.1 * normal(1, *(kernel,) * nd, 3, features)
+  inputs, features = {
+    'aligned wide': (10, 11), 'aligned few': (9, 3),
+  }.get(form, (3, layers.FEW + 1))
+  x = normal(0, 2, *(8, 4, 6)[:nd], inputs)
+  w = 0.1 * normal(1, *(kernel,) * nd, inputs, features)
   if form != 'taps':
     sides = {'plain': 0, 'rewritten': 2, 'aligned': 8 * ('taps' in form)}
     monkeypatch.setattr(layers, 'SMALL', sides)
@@ -63,9 +67,14 @@ def test_every_form_of_a_convolution_equals_plain(
   products = {
     'taps': op is not same_conv, 'cells': False, 'filter': True,
     'large': op is same_conv and kernel == 3, 'aligned': False,
-    'aligned taps': op is not same_conv and not (halves and kernel == 3),
+    'aligned taps': op is not same_conv,
   }
-  assert ('stablehlo.convolution' in text) != products[form]
+  assert ('stablehlo.convolution' in text) != products.get(form, False)
+  # Of few channels, a stride is in the order of the pixels.
+  strided = re.search(r'(?:stride|lhs_dilate|rhs_dilate) = \[2', text)
+  few = inputs < 8 and halves or features < 8 and op is layers.upsample_conv
+  if 'aligned' in form and op is not same_conv and form != 'aligned taps':
+    assert bool(strided) != few
   for one, other in zip(plain, others):
     assert one.shape == other.shape
     # A gradient of the kernel sums thousands of terms.
@@ -85,11 +94,15 @@ def test_convolution_to_few_features_equals_plain(k, pad, features):
     with lowerings.lowering(name):
       return jax.jit(step).lower(x, w).as_text(), jax.jit(step)(x, w)
 
-  (_, plain), (text, others) = run('plain'), run('rewritten')
-  assert f'tensor<{k}x1x20x{k * features}xf32>' in text
-  for one, other in zip(plain, others):
-    atol = max(2e-5, 3e-6 * np.abs(one).max())
-    np.testing.assert_allclose(one, other, atol=atol, rtol=1e-5)
+  (_, plain), *forms = map(run, ('plain', 'rewritten', 'aligned'))
+  wide = {'rewritten': k * features, 'aligned': -8 * (-k * features // 8)}
+  for (text, others), columns in zip(forms, wide.values()):
+    inputs = 20 if columns == wide['rewritten'] else 24
+    if columns == wide['rewritten'] or features <= 4:
+      assert f'tensor<{k}x1x{inputs}x{columns}xf32>' in text
+    for one, other in zip(plain, others):
+      atol = max(2e-5, 3e-6 * np.abs(one).max())
+      np.testing.assert_allclose(one, other, atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize('r', winograd.TILES)

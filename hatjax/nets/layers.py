@@ -23,7 +23,7 @@ from hatjax.nets.norms import add_bias
 # their way to cuDNN where both are as large.)
 SMALL = {'plain': 0, 'aligned': 4, 'rewritten': 8}
 FEW = 16  # channels; on a CPU up to so many of them likewise
-ALIGNED = 8  # channels, what tensor cores take at a time
+ALIGNED = 8  # channels, what tensor cores take at a time; fewer are gathered
 
 
 def _dimension_numbers(nd):
@@ -67,12 +67,13 @@ def downsample_conv(x, kernel):
   pads = [((kernel.shape[0] - 1) // 2,) * 2] * nd
   if any(side % 2 for side in x.shape[1:-1]):  # Nothing else fits those.
     return _convolve(x, kernel, (2,) * nd, pads)
-  if rewrites():
-    kernel = _pad_kernel_to_even(kernel)
   channels, features = kernel.shape[-2:]
+  gathered = form() == 'aligned' and channels < ALIGNED
+  if rewrites() or gathered:
+    kernel = _pad_kernel_to_even(kernel)
   if max(x.shape[1:-1]) <= 2 * SMALL[form()] and kernel.shape[0] == 4:
     return project(_taps(nd)[0](x), kernel.reshape(-1, features))
-  if not rewrites():
+  if not rewrites() and not gathered:
     return _convolve(x, kernel, (2,) * nd, pads)
   # Zero-pad, move each 2x..x2 cell into channels, then a dense convolution.
   cells = (kernel.shape[0] // 2,) * nd
@@ -132,8 +133,14 @@ def upsample_conv(x, kernel):
     n, height, width, _ = y.shape
     y = _interleave(y.reshape(n, height, width, 4, features), nd)
     return y[:, 1:-1, 1:-1]
-  # Each output parity sees two inputs per axis: one 2x..x2 convolution makes
-  # all parities at once, then they are shifted and interleaved.
+  return _by_phases(x, kernel)
+
+
+def _by_phases(x, kernel):
+  """`upsample_conv`: each output parity sees two inputs per axis. One 2x..x2
+  convolution makes all parities at once, then they are shifted and interleaved.
+  """
+  nd, features = kernel.ndim - 2, kernel.shape[-1]
   phases = []
   for parity in itertools.product((0, 1), repeat=nd):
     phase = kernel
@@ -156,8 +163,10 @@ def upsample_conv(x, kernel):
 
 @jax.custom_vjp
 def _double(x, kernel):
-  """`upsample_conv` by the primitive; kernel 4."""
+  """`upsample_conv`, kernel 4, by the primitive; to few features by phases."""
   nd = kernel.ndim - 2
+  if form() == 'aligned' and kernel.shape[-1] < ALIGNED:
+    return _by_phases(x, kernel)
   return _convolve(x, kernel, (1,) * nd, [(2, 2)] * nd, double=True)
 
 
@@ -165,10 +174,7 @@ def _double_backward(saved, g):
   """Gradients as those of a strided convolution: in autodiff's cuDNN sees a
   kernel as large as the picture, and the samples as channels."""
   x, kernel = saved
-  nd = kernel.ndim - 2
-  halve = lambda kernel: _convolve(
-    g, kernel.swapaxes(-1, -2), (2,) * nd, [(1, 1)] * nd
-  )
+  halve = lambda kernel: downsample_conv(g, kernel.swapaxes(-1, -2))
   change, pull = jax.vjp(halve, kernel)
   return change, *pull(x)
 
@@ -265,11 +271,12 @@ def correlate(x, kernel, pad=0):
     [N, *spatial + 2 pad - k + 1, O].
   """
   nd = kernel.ndim - 2
+  inputs, features = kernel.shape[-2:]
   square = nd == 2 and kernel.shape[0] == kernel.shape[1]
+  few = features <= {'rewritten': FEW, 'aligned': ALIGNED // 2}.get(form(), 0)
+  if square and few and 4 * features <= inputs and len(kernel) > 1:
+    return _by_columns(x, kernel, pad)
   if rewrites() and square:
-    inputs, features = kernel.shape[2:]
-    if features <= FEW and 4 * features <= inputs and len(kernel) > 1:
-      return _by_columns(x, kernel, pad)
     if len(kernel) == 3 and pad == 1 and _is_large(kernel, x):
       kernel = kernel.reshape(-1, features)
       return project(_taps(nd, 3, 1)[0](x), kernel)
@@ -283,7 +290,8 @@ def _by_columns(x, kernel, pad):
   """`correlate` to few features: those of all columns of the kernel from one
   convolution down, then shifted and added; its products are k times as wide.
 
-  Four times as fast as the plain form with its gradient, seven for 7x7.
+  Four times as fast as the plain form with its gradient, seven for 7x7 (on an
+  H100 three and five times).
   """
   k, _, inputs, features = kernel.shape
   tall = kernel.swapaxes(1, 2).reshape(k, 1, inputs, k * features)
