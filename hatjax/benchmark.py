@@ -11,9 +11,11 @@ it too, and compared. In the JSON:
   init_, trace_, compile_seconds   with an empty compilation cache
   first_step_seconds    all of it again with a full cache, and one step
   step_seconds          of each step, waiting for the device after every one
+  step_seconds_mean     of as many in a row, as training goes: the device waits
+                        for no batch. What is per second comes of it
   encode_, decode_seconds_median   of generation, apart, on one device
-  flops, bytes_accessed of a step over all devices, by XLA's count; rewritten
-                        convolutions count the zeros that they pad
+  flops, bytes_accessed of a step over all devices, by XLA's count; on a CPU
+                        rewritten convolutions count the zeros that they pad
   share_of_peak         flops per second over those of matrix products of the
                         same type on the same devices, in the same process
   compiled_peak_bytes   of one device, by the compiled program; on a CPU an
@@ -154,7 +156,10 @@ def _make_case(stage, make_runner, options):
     return make_runner(method, _prepare, **changes)
 
   batches = [_random_batch(inputs, seed) for seed in range(4)]
-  case = timing.Case(make_runner=make, example=example, batches=batches)
+  case = timing.Case(
+    make_runner=make, example=example, batches=batches,
+    plainly=functools.partial(lowerings.lowering, 'plain'),
+  )
   return case, frames
 
 
@@ -167,7 +172,7 @@ def _measure_steps(config, stage, make_runner, options):
     name = f'{stage["method"]}_{stage["data"]["batch_size"]}'
     folder = str(pathlib.Path(options.trace) / name)
     state = timing.trace(runner, state, case.batches, folder)
-  videos = stage['data']['batch_size'] / row['step_seconds_median']
+  videos = stage['data']['batch_size'] / row['step_seconds_mean']
   row |= {
     'num_frames': frames, 'videos_per_second': videos,
     'frames_per_second': videos * frames,

@@ -9,6 +9,7 @@ STEP_COLUMNS = (
   ('first s', 'first_step_seconds', 1),
   ('median ms', 'step_seconds_median', 1e-3),
   ('p90 ms', 'step_seconds_p90', 1e-3),
+  ('in a row', 'step_seconds_mean', 1e-3),
   ('videos/s', 'videos_per_second', 1),
   ('frames/s', 'frames_per_second', 1),
   ('GFLOP', 'flops', 1e9),
