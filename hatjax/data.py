@@ -12,6 +12,7 @@ unbroken one would have read and the iterator needs no checkpoint.
 
 import dataclasses
 import functools
+import os
 from concurrent import futures
 
 import cv2
@@ -172,7 +173,7 @@ class Batches:
       for at, (frame, mask) in zip(places, decoded, strict=True):
         video[at], masks[at] = self._fit(frame), self._fit(mask)
 
-    with futures.ThreadPoolExecutor() as pool:
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       list(pool.map(load, self.clips, self._first_frames))
     return {'video': video, 'lip_mask': masks}
 

@@ -166,7 +166,7 @@ class Records:
   def _decoded(self, example, frames, clip):
     self._check_id(example, clip)
     for i in frames:
-      image = _decode(example['video'][i], cv2.IMREAD_COLOR)
+      image = _decode(example['video'][i], cv2.IMREAD_COLOR_RGB)
       mask = _decode(example['lip_mask'][i], cv2.IMREAD_GRAYSCALE)
       yield image, (mask > 127).astype(np.uint8)[..., None]
 
@@ -221,7 +221,9 @@ def _text(value):
 
 def _decode(encoded, flag):
   image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag)
-  return image[..., ::-1] if image.ndim == 3 else image
+  if image is None:
+    raise ValueError('a frame is no picture')
+  return image
 
 
 def _record_folder(name, root):

@@ -16,6 +16,7 @@ import pathlib
 import signal
 import sys
 import time
+from concurrent import futures
 
 # Set before jax starts: a CPU user wants no warnings about missing GPUs.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -98,13 +99,15 @@ class _Signals:
       signal.signal(number, handler)
 
 
-def train(config, folder, data_dir=None):
+def train(config, folder, data_dir=None, keep_programs=False):
   """Trains every stage of a config in order; resumes what is there.
 
   Args:
     config: dict with `stages`, `seed`, `parallel`, and a block per stage.
     folder: workdir.
     data_dir: where the records live; see `records.data_dir`.
+    keep_programs: in the compilation cache, so that a run like this starts
+      without tracing. Not where code was changed since it was imported.
 
   Returns:
     {stage name: final state}.
@@ -162,7 +165,7 @@ def train(config, folder, data_dir=None):
               frozen[net] = states[source].params[net]
           stage = _Stage(
             config, block, batches, method, run, data_dir, options, previous,
-            begin, frozen,
+            begin, frozen, keep_programs,
           )
           state = _train_stage(stage, root)
       finally:
@@ -253,30 +256,41 @@ class _Stage:
 
   def __init__(
     self, config, stage, batches, method, run, data_dir, options,
-    previous=None, begin=None, frozen=None,
+    previous=None, begin=None, frozen=None, keep_programs=False,
   ):
     self.settings, self.run, self.batches = stage['train'], run, batches
     self.begin, self.frozen = begin, frozen
-    prepare, resident = batches.prepare, batches.resident_frames()
+    prepare, words = batches.prepare, None
+    held_out = data.make_batches(
+      directory=data_dir,
+      **{**stage['data'], 'split': self.settings.get('val_split', 'val')},
+    )
+    # Both while programs are loaded or traced; the first step waits for them.
+    reader = futures.ThreadPoolExecutor(1)
+    clips = held_out.whole_clips(self.settings.get('val_clips', 8))
+    self._clips = reader.submit(list, clips)
+    frames = reader.submit(batches.resident_frames)
+
+    def resident():
+      self._clips.result()
+      return frames.result()
+
     if getattr(method, 'needs_draft', False):
       alpha = self.settings.get('draft_alpha', 'inferred')
       prepare = validation.add_drafts(
         prepare, previous.method, alpha, getattr(method, 'microbatches', 1)
       )
-      resident = {'frames': resident, 'previous': previous.state}
+      read, state = resident, previous.state
+      resident = lambda: {'frames': read(), 'previous': state}
+    elif keep_programs:
+      words = [config, stage, describe(batches), batches.resident]
+      words.append(len(batches.clips))
     self.runner = parallel.Runner(
       method, prepare, resident, config.get('parallel', 'jit'),
       dispatch=self.settings.get('dispatch', 'auto'), options=options,
-      on_nan=self.settings.get('on_nan', 'stop'),
+      on_nan=self.settings.get('on_nan', 'stop'), words=words,
     )
     self.runner.check_batch_size(batches.batch_size)
-    held_out = data.make_batches(
-      directory=data_dir,
-      **{**stage['data'], 'split': self.settings.get('val_split', 'val')},
-    )
-    self.clips = list(
-      held_out.whole_clips(self.settings.get('val_clips', 8))
-    )
     self.scorer = validation.make_scorer(method, previous)
     # A stage that refines is scored on as many frames as it learns from.
     self.limit = validation.MAX_FRAMES
@@ -329,7 +343,7 @@ class _Stage:
       self.run.save(step, state)
       return
     scores, shown = validation.score_clips(
-      self.scorer, state, self.clips, self.limit
+      self.scorer, state, self._clips.result(), self.limit
     )
     if scores:
       self.run.log(step, scores)
@@ -436,7 +450,7 @@ def main(argv):
       steps = _VERIFY_STEPS.value
       sys.exit(not replay.verify(train, _VERIFY.value, steps, _DATA_DIR.value))
     folder = _WORKDIR.value or config_flag.default_workdir()
-    train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)
+    train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value, True)
   except Interrupted as stop:
     print(stop)
     return
