@@ -155,8 +155,11 @@ class Batches:
     counts = [clip.num_frames for clip in self.clips]
     return np.cumsum([0, *counts[:-1]]).astype(np.int32)
 
-  def resident_frames(self):
+  def resident_frames(self, stopped=lambda: False):
     """All frames of the split for the device, or {} when streaming.
+
+    Args:
+      stopped: asked before every clip whether nobody wants them any more.
 
     Returns:
       dict: video uint8 [F, S, S, 3], lip_mask uint8 [F, S, S, 1].
@@ -168,12 +171,14 @@ class Batches:
     video, masks = (np.empty((*shape, n), np.uint8) for n in (3, 1))
 
     def load(clip, first):
+      if stopped():
+        return
       places = range(first, first + clip.num_frames)
       decoded = self.records.frames(clip, range(clip.num_frames))
       for at, (frame, mask) in zip(places, decoded, strict=True):
         video[at], masks[at] = self._fit(frame), self._fit(mask)
 
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with futures.ThreadPoolExecutor(min(32, os.cpu_count())) as pool:
       list(pool.map(load, self.clips, self._first_frames))
     return {'video': video, 'lip_mask': masks}
 

@@ -16,11 +16,6 @@ PACKAGES = (
 
 def describe():
   """A dict that json can hold; equal ones should compute equal bits."""
-  return {**machine(), 'commit': _commit()}
-
-
-def machine():
-  """`describe` without the code."""
   device = jax.devices()[0]
   return {
     'packages': {name: _version(name) for name in PACKAGES},
@@ -29,6 +24,7 @@ def machine():
     'devices': f'{jax.device_count()} x {device.device_kind}',
     'platform': f'{device.platform} {device.client.platform_version}',
     'processes': jax.process_count(),
+    'commit': _commit(),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'jax_options': {
       k: v for k, v in sorted(os.environ.items())

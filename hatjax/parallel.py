@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hatjax import guard, programs
+from hatjax import guard
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
@@ -174,15 +174,11 @@ class Runner:
       ten times slower, scan elsewhere.
     options: for the compiler of the step; see `compiler_options`.
     on_nan: one of `guard.ACTIONS`, or None for a step without a guard.
-    words: tree for json that says all that decides on the programs but the
-      code, the machine and the options above; they are then kept for runs to
-      come (`programs`). None: they are traced, as always under pmap and with
-      several processes.
   """
 
   def __init__(
     self, method, prepare, resident=None, mode='jit', devices=None,
-    dispatch='auto', options=None, on_nan=None, words=None,
+    dispatch='auto', options=None, on_nan=None,
   ):
     if mode not in MODES:
       raise ValueError(
@@ -195,11 +191,6 @@ class Runner:
       dispatch = 'loop' if self.devices[0].platform == 'cpu' else 'scan'
     self.mode, self.dispatch, self.options = mode, dispatch, options or {}
     self.on_nan = on_nan
-    if mode == 'jit' and jax.process_count() == 1 and words is not None:
-      words = [words, self.options, dispatch, on_nan]
-    else:
-      words = None
-    self._words, self._given = words, resident or {}
     if mode == 'pmap':
       method = dataclasses.replace(method, axis_name=AXIS)
     self.method, self._prepare = method, prepare
@@ -208,6 +199,7 @@ class Runner:
       devices=self.devices,
     )
     self._replicated = NamedSharding(self._mesh, PartitionSpec())
+    self._given = resident or {}
     if mode == 'pmap':
       self._pmapped = jax.pmap(
         self._one, AXIS, in_axes=(0, 0, 0, None), devices=self.devices,
@@ -242,21 +234,10 @@ class Runner:
   def _jit(self, function, batch_spec):
     r = self._replicated
     batch = NamedSharding(self._mesh, batch_spec)
-    return self._kept(jax.jit(
+    return jax.jit(
       function, donate_argnums=0, in_shardings=(r, batch, r, r),
       out_shardings=(r, r), compiler_options=self.options,
-    ))
-
-  def _kept(self, jitted, wait=True):
-    if self._words is None:
-      return jitted
-    words = [*self._words, jitted.__name__]
-    return programs.Kept(jitted, words, self.devices, wait)
-
-  def _run(self, step, state, batch, rng):
-    if isinstance(step, programs.Kept):
-      step.load(batch)  # While what is resident may still be on its way.
-    return step(state, batch, self._resident, rng)
+    )
 
   def _compile_and_step(self, *args):
     """pmap takes no compiler options, but its compiled program does."""
@@ -311,11 +292,7 @@ class Runner:
 
   def abstract_state(self, example):
     """Shapes of the state as one device (and a checkpoint) sees it."""
-    key = jax.random.key(0)
-    kept = self._init.load(example) if self._words is not None else None
-    shapes = kept.out_info if kept else (
-      jax.eval_shape(self.method.init, key, example)
-    )
+    shapes = jax.eval_shape(self.method.init, jax.random.key(0), example)
     # Here, wherever it was when it was saved.
     place = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=self._replicated
@@ -324,14 +301,11 @@ class Runner:
 
   def init(self, rng, example):
     """State at step 0, placed on the devices."""
-    return self.place(self._init(rng, example))
-
-  @functools.cached_property
-  def _init(self):
-    return self._kept(jax.jit(
+    init = jax.jit(
       self.method.init, out_shardings=self._replicated,
       compiler_options=QUICK_COMPILE,
-    ), wait=False)  # The step's program is loaded meanwhile.
+    )
+    return self.place(init(rng, example))
 
   def place(self, state):
     """A single state -> replicas."""
@@ -360,7 +334,7 @@ class Runner:
     if self.mode == 'jit' and self.dispatch == 'scan' and len(batches) > 1:
       stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
       stacked = self._global(stacked, PartitionSpec(None, AXIS))
-      state, metrics = self._run(self._scan, state, stacked, rng)
+      state, metrics = self._scan(state, stacked, self._resident, rng)
       return state, _gathered(metrics, [metrics])
     every = []
     for batch in batches:
@@ -368,7 +342,7 @@ class Runner:
         batch = jax.tree.map(self._shard, batch)
       else:
         batch = self._global(batch, PartitionSpec(AXIS))
-      state, metrics = self._run(self._step, state, batch, rng)
+      state, metrics = self._step(state, batch, self._resident, rng)
       every.append(metrics)
     metrics = _gathered(metrics, every)
     if self.mode == 'pmap':

@@ -29,7 +29,7 @@ class TrainState(struct.PyTreeNode):
   def apply_gradients(self, tx, **grads):
     """One optimizer update for each named net."""
     params, opt_state = dict(self.params), dict(self.opt_state)
-    if jax.default_backend() != 'cpu':
+    if jax.default_backend() == 'gpu':
       # cuDNN's gradients are turned over apart, which as one row they must be:
       # in one kernel with the update they take thrice as long, and the state
       # is copied besides.

@@ -61,11 +61,13 @@ def measure(case, steps, warmup):
     state, spent = _one_step(runner, state, batch, rng)
     seconds.append(spent)
   seconds = seconds[warmup:]
-  begin = time.perf_counter()
-  for k in range(steps):  # Batches travel while the step before runs.
-    done = runner.step(state, [case.batches[k % len(case.batches)]], rng)
-    state = done[0]
-  jax.block_until_ready(done)
+  begin, ahead = time.perf_counter(), None
+  for k in range(steps):  # A batch travels while the step before it runs.
+    batch = case.batches[k % len(case.batches)]
+    state, metrics = runner.step(state, [batch], rng)
+    jax.block_until_ready(ahead)
+    ahead = metrics
+  jax.block_until_ready((state, metrics))
   row['step_seconds_mean'] = (time.perf_counter() - begin) / steps
   stats = [device.memory_stats() or {} for device in runner.devices]
   row |= {
@@ -137,7 +139,8 @@ def _compile(case, rng):
   if not whole or not on_cpu:
     whole = _count_flops(case, rng) or whole
   # Library calls (convolutions on GPUs) are uncounted once compiled.
-  row['flops'] = flops if on_cpu and flops >= 0.5 * whole else whole
+  known = on_cpu and flops >= 0.5 * whole
+  row['flops'] = flops if known or not whole else whole
   row['bytes_accessed'] = count * costs.get('bytes accessed', 0.0)
   stats = _ask(compiled.memory_analysis)
   parts = {

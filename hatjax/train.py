@@ -9,6 +9,7 @@ The same command again resumes; Ctrl-C saves. Exit code 0 if it trained or was
 stopped and saved, 1 on an error.
 """
 
+import contextlib
 import copy
 import inspect
 import os
@@ -99,15 +100,13 @@ class _Signals:
       signal.signal(number, handler)
 
 
-def train(config, folder, data_dir=None, keep_programs=False):
+def train(config, folder, data_dir=None):
   """Trains every stage of a config in order; resumes what is there.
 
   Args:
     config: dict with `stages`, `seed`, `parallel`, and a block per stage.
     folder: workdir.
     data_dir: where the records live; see `records.data_dir`.
-    keep_programs: in the compilation cache, so that a run like this starts
-      without tracing. Not where code was changed since it was imported.
 
   Returns:
     {stage name: final state}.
@@ -165,9 +164,10 @@ def train(config, folder, data_dir=None, keep_programs=False):
               frozen[net] = states[source].params[net]
           stage = _Stage(
             config, block, batches, method, run, data_dir, options, previous,
-            begin, frozen, keep_programs,
+            begin, frozen,
           )
-          state = _train_stage(stage, root)
+          with contextlib.closing(stage):
+            state = _train_stage(stage, root)
       finally:
         run.close()
       states[name] = state
@@ -256,23 +256,19 @@ class _Stage:
 
   def __init__(
     self, config, stage, batches, method, run, data_dir, options,
-    previous=None, begin=None, frozen=None, keep_programs=False,
+    previous=None, begin=None, frozen=None,
   ):
     self.settings, self.run, self.batches = stage['train'], run, batches
     self.begin, self.frozen = begin, frozen
-    prepare, words = batches.prepare, None
+    prepare = batches.prepare
     held_out = data.make_batches(
       directory=data_dir,
       **{**stage['data'], 'split': self.settings.get('val_split', 'val')},
     )
-    # Both while programs are loaded or traced; the first step waits for them.
-    reader = futures.ThreadPoolExecutor(1)
-    clips = held_out.whole_clips(self.settings.get('val_clips', 8))
-    self._clips = reader.submit(list, clips)
-    frames = reader.submit(batches.resident_frames)
 
     def resident():
-      self._clips.result()
+      self._clips.result()  # What is wrong with them shows here, too.
+      frames, self._frames = self._frames, None  # The device has them now.
       return frames.result()
 
     if getattr(method, 'needs_draft', False):
@@ -282,13 +278,10 @@ class _Stage:
       )
       read, state = resident, previous.state
       resident = lambda: {'frames': read(), 'previous': state}
-    elif keep_programs:
-      words = [config, stage, describe(batches), batches.resident]
-      words.append(len(batches.clips))
     self.runner = parallel.Runner(
       method, prepare, resident, config.get('parallel', 'jit'),
       dispatch=self.settings.get('dispatch', 'auto'), options=options,
-      on_nan=self.settings.get('on_nan', 'stop'), words=words,
+      on_nan=self.settings.get('on_nan', 'stop'),
     )
     self.runner.check_batch_size(batches.batch_size)
     self.scorer = validation.make_scorer(method, previous)
@@ -296,6 +289,18 @@ class _Stage:
     self.limit = validation.MAX_FRAMES
     if 'draft' in method.reads:
       self.limit = batches.num_frames
+    # Both while the state is being made; the first step waits for them.
+    self._stopped, self._reader = False, futures.ThreadPoolExecutor(1)
+    clips = held_out.whole_clips(self.settings.get('val_clips', 8))
+    self._clips = self._reader.submit(list, clips)
+    self._frames = self._reader.submit(
+      batches.resident_frames, lambda: self._stopped
+    )
+
+  def close(self):
+    """Ends what still reads."""
+    self._stopped = True
+    self._reader.shutdown(wait=False, cancel_futures=True)
 
   def start(self, root):
     """(step, state): the newest checkpoint, or step 0."""
@@ -450,7 +455,7 @@ def main(argv):
       steps = _VERIFY_STEPS.value
       sys.exit(not replay.verify(train, _VERIFY.value, steps, _DATA_DIR.value))
     folder = _WORKDIR.value or config_flag.default_workdir()
-    train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value, True)
+    train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)
   except Interrupted as stop:
     print(stop)
     return

@@ -18,9 +18,7 @@ FLOORS = (
     'methods', 'data', 'parallel', 'workdir', 'validation', 'extractors',
     'score_report',
   ), 2)
-  | dict.fromkeys(
-    ('nets', 'state', 'face_embedding', 'scores', 'guard', 'programs'), 1
-  )
+  | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores', 'guard'), 1)
   | {
     'photos': 0.5, 'driving': 2.2, 'sharpening': 2.2, 'remake': 2.5,
     'provenance': 1.5, 'live': 3.5, 'page': 3.7,
