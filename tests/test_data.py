@@ -163,6 +163,21 @@ def test_a_stream_starts_anywhere_at_once(toy_records):
   equal(late[1], next(source.iterate(10**9 + 2)))
 
 
+def test_frames_that_nobody_wants_are_not_read(toy_records, monkeypatch):
+  source, read = batches(toy_records, resident='yes'), []
+  frames = type(source.records).frames
+
+  def counting(records, clip, places):
+    read.append(clip.id)
+    return frames(records, clip, places)
+
+  monkeypatch.setattr(type(source.records), 'frames', counting)
+  source.resident_frames(lambda: True)
+  assert not read
+  source.resident_frames()
+  assert len(read) == len(source.clips)
+
+
 @pytest.mark.parametrize('jitter', [0.0, 0.2])
 def test_resident_batches_are_bit_equal_to_streamed_ones(toy_records, jitter):
   streamed = batches(toy_records, resident='no', jitter=jitter)

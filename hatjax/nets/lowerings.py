@@ -14,8 +14,9 @@ def lowering(name):
 
   Args:
     name: 'plain' (the primitives), 'aligned' (the same, but channels are padded
-      to multiples of 8 and the smallest pictures are matrix products, as tensor
-      cores like it), 'rewritten' (exact forms by stride-1 convolutions, matrix
+      to multiples of 8 or, where they are fewer, gathered from neighbours, and
+      the smallest pictures are matrix products, as tensor cores like it),
+      'rewritten' (exact forms by stride-1 convolutions, matrix
       products and vectors of heads), or 'auto': rewritten on CPU, where XLA's
       strided convolutions are 6x slower, aligned elsewhere.
   """
