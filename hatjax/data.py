@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hatjax import cache, settings
 from hatjax import records as records_lib
-from hatjax import settings
 from hatjax import video as video_lib
 
 FRAMES = ('random', 'even', 'blend', 'window', 'any')
 RESIDENT_LIMIT = 2 << 30  # bytes that 'auto' keeps on the device
+FRAMES_LIMIT = 4 << 30  # bytes that the cache folder keeps
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -155,17 +156,33 @@ class Batches:
     counts = [clip.num_frames for clip in self.clips]
     return np.cumsum([0, *counts[:-1]]).astype(np.int32)
 
-  def resident_frames(self, stopped=lambda: False):
+  def resident_frames(self, stopped=lambda: False, keep=False):
     """All frames of the split for the device, or {} when streaming.
 
     Args:
       stopped: asked before every clip whether nobody wants them any more.
+      keep: decoded and resized in the user's cache folder, for the next time.
 
     Returns:
       dict: video uint8 [F, S, S, 3], lip_mask uint8 [F, S, S, 1].
     """
     if not self.resident:
       return {}
+    path = None
+    if keep and not self.records.elsewhere:  # Those may change unseen.
+      clips = [(c.id, c.first, c.num_frames) for c in self.clips]
+      path = cache.path(cache.folder('frames'), [
+        self.records.metadata['fingerprint'], clips, self.load_size,
+        self.resize,
+      ])
+    frames = cache.load(path)
+    if frames is None:
+      frames = self._read_frames(stopped)
+      if not stopped():
+        cache.save(path, frames, FRAMES_LIMIT)
+    return frames
+
+  def _read_frames(self, stopped):
     frames = sum(clip.num_frames for clip in self.clips)
     shape = (frames, self.load_size, self.load_size)
     video, masks = (np.empty((*shape, n), np.uint8) for n in (3, 1))

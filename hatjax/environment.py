@@ -10,12 +10,17 @@ import jax
 
 PACKAGES = (
   'hatjax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain',
-  'dm-pix', 'numpy', 'opencv-python-headless',
+  'dm-pix', 'chex', 'einops', 'numpy', 'opencv-python-headless',
 )
 
 
 def describe():
   """A dict that json can hold; equal ones should compute equal bits."""
+  return {**machine(), 'commit': _commit()}
+
+
+def machine():
+  """`describe` without the code."""
   device = jax.devices()[0]
   return {
     'packages': {name: _version(name) for name in PACKAGES},
@@ -24,7 +29,6 @@ def describe():
     'devices': f'{jax.device_count()} x {device.device_kind}',
     'platform': f'{device.platform} {device.client.platform_version}',
     'processes': jax.process_count(),
-    'commit': _commit(),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'jax_options': {
       k: v for k, v in sorted(os.environ.items())

@@ -5,7 +5,6 @@ import ctypes
 import dataclasses
 import functools
 import os
-import pathlib
 import platform
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hatjax import guard
+from hatjax import cache, guard, programs
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
@@ -50,8 +49,7 @@ def start_process():
   _keep_memory()
   folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
   if folder is None:
-    root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    folder = str(pathlib.Path(root) / 'hatjax' / 'xla')
+    folder = str(cache.folder('xla'))
   jax.config.update('jax_compilation_cache_dir', folder or None)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
@@ -174,11 +172,15 @@ class Runner:
       ten times slower, scan elsewhere.
     options: for the compiler of the step; see `compiler_options`.
     on_nan: one of `guard.ACTIONS`, or None for a step without a guard.
+    words: tree for json with all that decides on the programs but the code,
+      the machine and the options above; they are then kept for runs to come
+      (`programs`). None: they are traced, as always under pmap and with
+      several processes.
   """
 
   def __init__(
     self, method, prepare, resident=None, mode='jit', devices=None,
-    dispatch='auto', options=None, on_nan=None,
+    dispatch='auto', options=None, on_nan=None, words=None,
   ):
     if mode not in MODES:
       raise ValueError(
@@ -191,6 +193,9 @@ class Runner:
       dispatch = 'loop' if self.devices[0].platform == 'cpu' else 'scan'
     self.mode, self.dispatch, self.options = mode, dispatch, options or {}
     self.on_nan = on_nan
+    self._words = None
+    if mode == 'jit' and jax.process_count() == 1 and words is not None:
+      self._words = [words, self.options, on_nan]
     if mode == 'pmap':
       method = dataclasses.replace(method, axis_name=AXIS)
     self.method, self._prepare = method, prepare
@@ -199,7 +204,7 @@ class Runner:
       devices=self.devices,
     )
     self._replicated = NamedSharding(self._mesh, PartitionSpec())
-    self._given = resident or {}
+    self._given, self._scans = resident or {}, {}
     if mode == 'pmap':
       self._pmapped = jax.pmap(
         self._one, AXIS, in_axes=(0, 0, 0, None), devices=self.devices,
@@ -208,7 +213,10 @@ class Runner:
       self._step = self._compile_and_step
     else:
       self._step = self._jit(self._one, PartitionSpec(AXIS))
-      self._scan = self._jit(self._several, PartitionSpec(None, AXIS))
+    self._init = self._kept(
+      method.init, out_shardings=self._replicated,
+      compiler_options=QUICK_COMPILE,
+    )
 
   @functools.cached_property
   def _resident(self):
@@ -231,13 +239,24 @@ class Runner:
       ), batch,
     )
 
-  def _jit(self, function, batch_spec):
+  def _jit(self, function, batch_spec, *words):
     r = self._replicated
     batch = NamedSharding(self._mesh, batch_spec)
-    return jax.jit(
-      function, donate_argnums=0, in_shardings=(r, batch, r, r),
+    return self._kept(
+      function, *words, donate_argnums=0, in_shardings=(r, batch, r, r),
       out_shardings=(r, r), compiler_options=self.options,
     )
+
+  def _kept(self, function, *words, **options):
+    if self._words is None:
+      return jax.jit(function, **options)
+    return programs.Kept(function, [*self._words, *words], **options)
+
+  def _scan(self, count):
+    if count not in self._scans:
+      spec = PartitionSpec(None, AXIS)
+      self._scans[count] = self._jit(self._several, spec, count)
+    return self._scans[count]
 
   def _compile_and_step(self, *args):
     """pmap takes no compiler options, but its compiled program does."""
@@ -292,7 +311,11 @@ class Runner:
 
   def abstract_state(self, example):
     """Shapes of the state as one device (and a checkpoint) sees it."""
-    shapes = jax.eval_shape(self.method.init, jax.random.key(0), example)
+    args = jax.random.key(0), example
+    if self._words is None:
+      shapes = jax.eval_shape(self.method.init, *args)
+    else:
+      shapes = self._init.result_shapes(*args)
     # Here, wherever it was when it was saved.
     place = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=self._replicated
@@ -301,11 +324,7 @@ class Runner:
 
   def init(self, rng, example):
     """State at step 0, placed on the devices."""
-    init = jax.jit(
-      self.method.init, out_shardings=self._replicated,
-      compiler_options=QUICK_COMPILE,
-    )
-    return self.place(init(rng, example))
+    return self.place(self._init(rng, example))
 
   def place(self, state):
     """A single state -> replicas."""
@@ -334,7 +353,8 @@ class Runner:
     if self.mode == 'jit' and self.dispatch == 'scan' and len(batches) > 1:
       stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
       stacked = self._global(stacked, PartitionSpec(None, AXIS))
-      state, metrics = self._scan(state, stacked, self._resident, rng)
+      scan = self._scan(len(batches))
+      state, metrics = scan(state, stacked, self._resident, rng)
       return state, _gathered(metrics, [metrics])
     every = []
     for batch in batches:

@@ -81,6 +81,7 @@ class Records:
     labels: names of the labels.
     metadata: what `prepare` kept: splits, options, fingerprint.
     clips: {id: Clip}.
+    elsewhere: whether the clips were left where they are.
   """
 
   def __init__(self, name, directory=None):
@@ -98,10 +99,10 @@ class Records:
     builder = tfds.builder_from_directory(folder)
     self.metadata = dict(builder.info.metadata or {})
     self.labels = tuple(builder.info.features['label'].names)
-    # Clips that were left where they are have times and no pictures.
-    self._elsewhere = 'times' in builder.info.features
+    # These have times and no pictures.
+    self.elsewhere = 'times' in builder.info.features
     decoders = {'video': _Encoded(), 'lip_mask': _Encoded()}
-    decoders = {} if self._elsewhere else decoders
+    decoders = {} if self.elsewhere else decoders
     self._source = builder.as_data_source('clips', decoders=decoders)
     self.clips = {}
     subjects = sorted({c['subject'] for c in self.metadata['clips'].values()})
@@ -152,7 +153,7 @@ class Records:
     frames = [clip.first + int(i) for i in frames]
     try:
       example = self._source[clip.index]
-      if not self._elsewhere:
+      if not self.elsewhere:
         yield from self._decoded(example, frames, clip)
         return
     except Exception as error:  # decoders of damaged bytes raise anything

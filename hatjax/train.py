@@ -11,6 +11,7 @@ stopped and saved, 1 on an error.
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import pathlib
@@ -100,13 +101,15 @@ class _Signals:
       signal.signal(number, handler)
 
 
-def train(config, folder, data_dir=None):
+def train(config, folder, data_dir=None, keep=False):
   """Trains every stage of a config in order; resumes what is there.
 
   Args:
     config: dict with `stages`, `seed`, `parallel`, and a block per stage.
     folder: workdir.
     data_dir: where the records live; see `records.data_dir`.
+    keep: traced programs and decoded frames in the user's cache folder, for
+      runs to come. Not where a function was replaced since it was imported.
 
   Returns:
     {stage name: final state}.
@@ -164,7 +167,7 @@ def train(config, folder, data_dir=None):
               frozen[net] = states[source].params[net]
           stage = _Stage(
             config, block, batches, method, run, data_dir, options, previous,
-            begin, frozen,
+            begin, frozen, keep,
           )
           with contextlib.closing(stage):
             state = _train_stage(stage, root)
@@ -251,16 +254,31 @@ def describe(batches):
   }
 
 
+def _decisive(config, stage, batches):
+  """All that decides on the programs of a stage; see `parallel.Runner`."""
+  others = (*config['stages'], 'seed')
+  train = {
+    k: v for k, v in stage['train'].items()
+    if k not in workdir.FREE or k in ('num_steps', 'on_nan')
+  }
+  return [
+    {k: v for k, v in config.items() if k not in others},
+    {**stage, 'train': train}, describe(batches), batches.resident,
+    [clip.num_frames for clip in batches.clips],
+  ]
+
+
 class _Stage:
   """One stage being trained: what the loop below does between steps."""
 
   def __init__(
     self, config, stage, batches, method, run, data_dir, options,
-    previous=None, begin=None, frozen=None,
+    previous=None, begin=None, frozen=None, keep=False,
   ):
     self.settings, self.run, self.batches = stage['train'], run, batches
     self.begin, self.frozen = begin, frozen
     prepare = batches.prepare
+    words = _decisive(config, stage, batches) if keep else None
     held_out = data.make_batches(
       directory=data_dir,
       **{**stage['data'], 'split': self.settings.get('val_split', 'val')},
@@ -278,10 +296,11 @@ class _Stage:
       )
       read, state = resident, previous.state
       resident = lambda: {'frames': read(), 'previous': state}
+      words = None  # These steps hold what another stage is made of.
     self.runner = parallel.Runner(
       method, prepare, resident, config.get('parallel', 'jit'),
       dispatch=self.settings.get('dispatch', 'auto'), options=options,
-      on_nan=self.settings.get('on_nan', 'stop'),
+      on_nan=self.settings.get('on_nan', 'stop'), words=words,
     )
     self.runner.check_batch_size(batches.batch_size)
     self.scorer = validation.make_scorer(method, previous)
@@ -294,7 +313,7 @@ class _Stage:
     clips = held_out.whole_clips(self.settings.get('val_clips', 8))
     self._clips = self._reader.submit(list, clips)
     self._frames = self._reader.submit(
-      batches.resident_frames, lambda: self._stopped
+      batches.resident_frames, lambda: self._stopped, keep
     )
 
   def close(self):
@@ -453,9 +472,10 @@ def main(argv):
   try:
     if _VERIFY.value:
       steps = _VERIFY_STEPS.value
-      sys.exit(not replay.verify(train, _VERIFY.value, steps, _DATA_DIR.value))
+      again = functools.partial(train, keep=True)
+      sys.exit(not replay.verify(again, _VERIFY.value, steps, _DATA_DIR.value))
     folder = _WORKDIR.value or config_flag.default_workdir()
-    train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value)
+    train(_CONFIG.value.to_dict(), folder, _DATA_DIR.value, keep=True)
   except Interrupted as stop:
     print(stop)
     return

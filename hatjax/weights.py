@@ -16,6 +16,8 @@ import urllib.request
 
 import numpy as np
 
+from hatjax import cache
+
 CHUNK = 1 << 20
 _DIGEST, _SOURCE = '__digest__', '__source__'  # in an npz beside the arrays
 
@@ -116,10 +118,7 @@ REGISTRY = {entry.name: entry for entry in _ENTRIES}
 def folder():
   """Where the files live: $HATJAX_WEIGHTS, else the user's cache folder."""
   path = os.environ.get('HATJAX_WEIGHTS')
-  if path:
-    return pathlib.Path(path).expanduser()
-  cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(cache) / 'hatjax' / 'weights'
+  return pathlib.Path(path).expanduser() if path else cache.folder('weights')
 
 
 def cure(name):

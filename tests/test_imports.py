@@ -20,6 +20,7 @@ FLOORS = (
   ), 2)
   | dict.fromkeys(('nets', 'state', 'face_embedding', 'scores', 'guard'), 1)
   | {
+    'cache': 0.3, 'weights': 0.4, 'programs': 1.5,
     'photos': 0.5, 'driving': 2.2, 'sharpening': 2.2, 'remake': 2.5,
     'provenance': 1.5, 'live': 3.5, 'page': 3.7,
     'exported': 3.2, 'export': 3.5,
