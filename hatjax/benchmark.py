@@ -349,13 +349,17 @@ def _measure_variant(config, name, options, report, show):
   title = [f'{size}x{size}', dtype, profile and f'profile {profile}']
   show(f'\n{name}: {options.mode}, {", ".join(filter(None, title))}')
   show(report_lib.line(options.mode))
+  rows = []
   for row in _measure_stage(config, stages, make_runner, options, show):
     row = {'stage': name, 'mode': options.mode, 'dtype': dtype, **row}
     if row.get('flops'):
       peak = peaks[dtype]['flops_per_second']
       row['share_of_peak'] = row['flops_per_second'] / peak
     show(report_lib.line(options.mode, row))
+    rows.append(row)
     yield row
+  for line in report_lib.growth(rows):
+    show(line)
 
 
 def _measure_stage(config, stages, make_runner, options, show):

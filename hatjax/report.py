@@ -46,6 +46,24 @@ def line(mode, row=None):
   return ' '.join(cells)
 
 
+def growth(rows):
+  """Lines on how frames/s grow with the batch; linear growth is 100 %.
+
+  Args:
+    rows: of one stage, small batches first; each input by itself.
+  """
+  firsts = {}
+  for row in rows:
+    first = firsts.setdefault(row.get('input'), row)
+    if row is not first:
+      times = row['batch_size'] / first['batch_size']
+      faster = row['frames_per_second'] / first['frames_per_second']
+      yield (
+        f'batch {first["batch_size"]} to {row["batch_size"]}: {faster:.3g} '
+        f'times the frames/s, {100 * faster / times:.0f} % of linear'
+      )
+
+
 def compare(plain, special):
   """Lines on what a profile or determinism saves and costs.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hatjax import benchmark, methods, parallel, timing
+from hatjax import benchmark, methods, parallel, report, timing
 from hatjax import state as state_lib
 from hatjax.nets import hat_cgan as nets
 from hatjax.nets import lowerings
@@ -146,6 +146,22 @@ def test_rows_follow_from_the_times():
       row['batch_size'] * (FRAMES - 1) / seconds
     )
     assert row['share_of_peak'] == pytest.approx(row['flops'] / seconds / peak)
+
+
+def test_growth_is_told_of_each_input_by_itself():
+  rows = [
+    {'batch_size': b, 'input': kind, 'frames_per_second': speed}
+    for b, kind, speed in (
+      (2, 'streamed', 10.0), (2, 'resident', 20.0), (4, 'streamed', 18.0),
+      (4, 'resident', 40.0), (8, 'resident', 60.0),
+    )
+  ]
+  assert list(report.growth(rows)) == [
+    'batch 2 to 4: 1.8 times the frames/s, 90 % of linear',
+    'batch 2 to 4: 2 times the frames/s, 100 % of linear',
+    'batch 2 to 8: 3 times the frames/s, 75 % of linear',
+  ]
+  assert list(report.growth(rows[:2])) == []
 
 
 @pytest.mark.parametrize('mode', parallel.MODES)
