@@ -58,7 +58,12 @@ def plot(rows, path):
     return
   from matplotlib import figure  # Slow to import.
 
-  fig = figure.Figure(figsize=(5 * len(groups), 3.6), layout='constrained')
+  width = 5 * len(groups)
+  fig = figure.Figure(figsize=(width, 3.6))
+  # Margins in inches: to have them fitted means to draw everything twice.
+  fig.subplots_adjust(
+    0.6 / width, 0.5 / 3.6, 1 - 0.15 / width, 1 - 0.35 / 3.6, wspace=0.16
+  )
   axes = np.atleast_1d(fig.subplots(1, len(groups)))
   for axis, (title, members) in zip(axes, sorted(groups.items())):
     for name in members:

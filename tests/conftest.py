@@ -1,5 +1,6 @@
 """Two fake devices, toy clips and runs, and where the real sample data are."""
 
+import gc
 import importlib
 import json
 import os
@@ -28,6 +29,8 @@ import cv2
 import jax
 import numpy as np
 import pytest
+
+gc.set_threshold(100_000, 20, 100)  # What a trace makes is hardly ever waste.
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -159,5 +162,5 @@ def run_folder(toy_records, tmp_path_factory):
 
   folder = tmp_path_factory.mktemp('run') / 'a'
   config = tiny_config(train__ckpt_every=2, train__val_clips=1)
-  train.train(config, folder, toy_records)
+  train.train(config, folder, toy_records, keep=True)
   return folder

@@ -80,7 +80,7 @@ def folders(toy_records, tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(workdir.Run, 'log', log_and_copy)
-    train.train(tiny_config(), root / 'whole', toy_records)
+    train.train(tiny_config(), root / 'whole', toy_records, keep=True)
   return root
 
 
@@ -112,7 +112,7 @@ def test_killed_in_either_stage_resumed_equals_unbroken(
   disk = workdir.Run(broken / stage, read_only=True)
   assert disk.steps() == [2]
   assert (broken / 'video_diffusion').exists() == (stage == STAGES[1])
-  train.train(tiny_config(), broken, toy_records)
+  train.train(tiny_config(), broken, toy_records, keep=True)
   out = capsys.readouterr().out
   assert f'Resuming {broken / stage} at step 2.' in out
   loaded = f'{broken / "hat_cgan"} is done: step 4.'
@@ -234,7 +234,7 @@ def test_a_stage_of_another_run_drafts_as_this_run_computes(folders):
 
 def test_both_stages_train_under_the_profile(toy_records, tmp_path, capsys):
   config = tiny_config('hat_cgan_diff,4gb', steps=1) | {'deterministic': True}
-  states = train.train(config, tmp_path / 'a', toy_records)
+  states = train.train(config, tmp_path / 'a', toy_records, keep=True)
   assert capsys.readouterr().out.count('compiler options: ') == 1
   saved = workdir.read_config(tmp_path / 'a')
   for name in STAGES:
@@ -296,7 +296,7 @@ def test_init_from_is_the_first_stage_of_another_run(
 ):
   monkeypatch.chdir(folders)  # A relative path is meant from here.
   config = tiny_config('video_diffusion', hat_cgan='whole')
-  train.train(config, tmp_path / 'a', toy_records)
+  train.train(config, tmp_path / 'a', toy_records, keep=True)
   monkeypatch.chdir(tmp_path)
   assert_same(
     parameters(tmp_path / 'a', 'video_diffusion'),
@@ -329,7 +329,7 @@ def test_a_stage_that_cannot_follow_says_the_cure(
   size = change.get('size', 16)
   stage['data']['image_size'] = stage['model']['image_size'] = size
   with pytest.raises(ValueError, match=message):
-    train.train(config, tmp_path / 'a', toy_records)
+    train.train(config, tmp_path / 'a', toy_records, keep=True)
   assert not (tmp_path / 'a').exists()
 
 
@@ -584,7 +584,7 @@ def alone(toy_records, tmp_path_factory):
   folder = tmp_path_factory.mktemp('alone') / 'a'
   config = tiny_config('video_diffusion', mode='noise', steps=2)
   config['video_diffusion']['model']['strength'] = 0.0
-  train.train(config, folder, toy_records)
+  train.train(config, folder, toy_records, keep=True)
   return folder
 
 

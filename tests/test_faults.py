@@ -32,7 +32,7 @@ import json, sys
 from hatjax import parallel, train
 parallel.start_process()
 config, folder, data_dir = sys.argv[1:]
-train.train(json.load(open(config)), folder, data_dir)
+train.train(json.load(open(config)), folder, data_dir, keep=True)
 """
 
 
@@ -199,13 +199,13 @@ def test_a_full_disk_costs_the_last_steps_at_most(
   )
   with small_disk(tmp_path / 'disk', f'{size // 2048}k') as disk:
     with pytest.raises((ValueError, OSError)) as error:
-      train.train(config, disk / 'a', toy_records)
+      train.train(config, disk / 'a', toy_records, keep=True)
     assert 'space' in str(error.value) or 'full' in str(error.value), error
     assert '\n' not in str(error.value)
     kept = workdir.list_steps(disk / 'a' / 'hat_cgan')
     assert 8 not in kept
     remount(disk, 'size=100m')
-    train.train(config, disk / 'a', toy_records)
+    train.train(config, disk / 'a', toy_records, keep=True)
     assert_same(parameters(run_folder), parameters(disk / 'a'))
 
 
@@ -216,7 +216,7 @@ def test_a_read_only_disk(run_folder, toy_records, tmp_path):
     assert_same(parameters(run_folder), parameters(disk / 'a'))
     for folder in (disk / 'a', disk / 'b'):
       with pytest.raises(ValueError, match='Cannot write to .*--workdir'):
-        train.train(tiny_config(), folder, toy_records)
+        train.train(tiny_config(), folder, toy_records, keep=True)
 
 
 def damage(path, kind, rng):
@@ -283,7 +283,7 @@ def test_a_jumping_clock_changes_nothing(
 
   monkeypatch.setattr(workdir.Run, 'save', save_and_jump)
   config = tiny_config(train__ckpt_every=2, train__val_clips=1)
-  train.train(config, tmp_path / 'a', toy_records)
+  train.train(config, tmp_path / 'a', toy_records, keep=True)
   assert_same(parameters(run_folder), parameters(tmp_path / 'a'))
   assert workdir.list_steps(tmp_path / 'a' / 'hat_cgan')[-1] == 8
 

@@ -422,7 +422,7 @@ def test_one_command_trains_the_encoder_and_what_needs_it(
     config[name]['train'] |= dict(
       num_steps=2, ckpt_every=2, val_split='everything', val_clips=1
     )
-  states = train.train(config, tmp_path / 'run', toy_records)
+  states = train.train(config, tmp_path / 'run', toy_records, keep=True)
   learned = states['identity_encoder'].params['identity_encoder']
   taken = states['fev_gan'].params['identity_encoder']
   assert jax.tree.all(jax.tree.map(np.array_equal, learned, taken))
@@ -446,7 +446,7 @@ def test_one_command_trains_the_encoder_and_what_needs_it(
   }
   again['fev_gan']['model']['discriminator_lips'] = True
   again['fev_gan']['optim']['generator']['lr'] = 0.0
-  new = train.train(again, tmp_path / 'next', toy_records)['fev_gan']
+  new = train.train(again, tmp_path / 'next', toy_records, keep=True)['fev_gan']
   assert 'note: discriminator starts anew: Conv_0 ' in capsys.readouterr().out
   for net in ('generator', 'identity_encoder'):
     expected = states['fev_gan'].inference_params(net)
@@ -455,4 +455,4 @@ def test_one_command_trains_the_encoder_and_what_needs_it(
   assert int(new.step) == 1
   again['fev_gan']['model']['es_width'] = 8
   with pytest.raises(ValueError, match='generator have other shapes'):
-    train.train(again, tmp_path / 'wrong', toy_records)
+    train.train(again, tmp_path / 'wrong', toy_records, keep=True)

@@ -68,7 +68,7 @@ def command(toy_records, folder, num_steps=12, *extra):
 def run_folder(toy_records, tmp_path_factory):
   """An unbroken run of 8 steps."""
   folder = tmp_path_factory.mktemp('run') / 'a'
-  train.train(tiny_config(), folder, toy_records)
+  train.train(tiny_config(), folder, toy_records, keep=True)
   return folder
 
 
@@ -91,10 +91,10 @@ def test_a_run_leaves_what_it_promises(run_folder):
 def test_one_seed_gives_the_same_bits_and_another_does_not(
   toy_records, run_folder, tmp_path
 ):
-  train.train(tiny_config(), tmp_path / 'b', toy_records)
+  train.train(tiny_config(), tmp_path / 'b', toy_records, keep=True)
   assert_same(parameters(run_folder), parameters(tmp_path / 'b'))
   other = {**tiny_config(train__num_steps=4), 'seed': 1}
-  train.train(other, tmp_path / 'c', toy_records)
+  train.train(other, tmp_path / 'c', toy_records, keep=True)
   a, c = parameters(run_folder, 4), parameters(tmp_path / 'c', 4)
   assert any(not np.array_equal(x, y) for x, y in zip(a, c))
 
@@ -103,8 +103,8 @@ def test_resumed_equals_unbroken_and_num_steps_may_grow(
   toy_records, run_folder, tmp_path
 ):
   short = tiny_config(train__num_steps=4)
-  train.train(short, tmp_path / 'a', toy_records)
-  train.train(tiny_config(), tmp_path / 'a', toy_records)
+  train.train(short, tmp_path / 'a', toy_records, keep=True)
+  train.train(tiny_config(), tmp_path / 'a', toy_records, keep=True)
   assert_same(parameters(run_folder), parameters(tmp_path / 'a'))
   speed = 'frames_per_second'
   rows = [
@@ -118,7 +118,8 @@ def test_resumed_equals_unbroken_and_num_steps_may_grow(
 
 
 def test_streamed_and_resident_runs_agree(toy_records, run_folder, tmp_path):
-  train.train(tiny_config(data__resident='no'), tmp_path / 'a', toy_records)
+  config = tiny_config(data__resident='no')
+  train.train(config, tmp_path / 'a', toy_records, keep=True)
   for x, y in zip(parameters(run_folder), parameters(tmp_path / 'a')):
     np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -148,7 +149,8 @@ def test_sigterm_saves_and_ends_cleanly(toy_records, tmp_path):
 
 def test_another_config_is_refused_by_name(toy_records, run_folder):
   with pytest.raises(ValueError, match=r'lambda_l1: 100.0 -> 7.0'):
-    train.train(tiny_config(model__lambda_l1=7.0), run_folder, toy_records)
+    config = tiny_config(model__lambda_l1=7.0)
+    train.train(config, run_folder, toy_records, keep=True)
   assert parameters(run_folder)  # and the run is intact
 
 
@@ -206,7 +208,7 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(
   saved['hat_cgan']['optim'] = config['hat_cgan']['optim']
   (copy / 'config.json').write_text(json.dumps(saved))
   with pytest.raises(ValueError, match='nan at step 9.*checkpoints/8'):
-    train.train(config, copy, toy_records)
+    train.train(config, copy, toy_records, keep=True)
   assert_same(parameters(run_folder), parameters(copy))
 
 

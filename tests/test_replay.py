@@ -1,5 +1,6 @@
 """What a run writes down of itself, and the replay that checks it."""
 
+import functools
 import json
 import shutil
 
@@ -17,10 +18,8 @@ def copy(run_folder, tmp_path):
 
 
 def verify(folder, toy_records, num_steps=None):
-  lines = []
-  equal = replay.verify(
-    train.train, folder, num_steps, toy_records, lines.append
-  )
+  lines, again = [], functools.partial(train.train, keep=True)
+  equal = replay.verify(again, folder, num_steps, toy_records, lines.append)
   return equal, lines
 
 
@@ -110,7 +109,7 @@ def test_training_falls_back_and_mends_itself(copy, toy_records, capsys):
       data[len(data) // 2] ^= 0x10
       file.write_bytes(data)
   config = tiny_config(train__ckpt_every=2, train__val_clips=1)
-  train.train(config, copy, toy_records)
+  train.train(config, copy, toy_records, keep=True)
   said = capsys.readouterr()
   assert 'checkpoints/8' in said.err and 'Going on from 6.' in said.err
   assert 'Resuming' in said.out and 'at step 6' in said.out

@@ -138,7 +138,7 @@ def run_folder(toy_records, tmp_path_factory):
   """An honest run of four steps."""
   folder = tmp_path_factory.mktemp('run') / 'a'
   config = tiny_config(train__num_steps=4, train__val_clips=1)
-  train.train(config, folder, toy_records)
+  train.train(config, folder, toy_records, keep=True)
   return folder
 
 
