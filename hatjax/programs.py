@@ -47,10 +47,11 @@ class Kept:
   It is for arguments of the same shapes always. What was kept is loaded and
   compiled in the background, from now on.
 
-  Attributes:
+  Args:
     function: what is traced.
     words: all that decides on the program besides the code and this machine; a
       tree that json can hold.
+    **options: of `jax.jit`.
   """
 
   def __init__(self, function, words, **options):
