@@ -1,8 +1,8 @@
 """What was made once and need not be again: files in the user's cache folder.
 
-A file is found by what its content was made from: words of the caller's, the
-code of hatjax, packages and devices. Whatever is wrong with one, or with the
-folder, it is made again; a run does without a cache, too.
+A file is found by what its content was made from: words of the caller's and the
+code of hatjax. Whatever is wrong with one, or with the folder, it is made
+again; a run does without a cache, too.
 """
 
 import contextlib
@@ -10,10 +10,13 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import time
 
 import numpy as np
 
-from hatjax import environment
+_HOUR = 3600.0
+_SPARE = 4  # times a file's size must be free
 
 
 def folder(name):
@@ -23,20 +26,18 @@ def folder(name):
 
 
 def path(place, words):
-  """The file for what is made from these words, here, by this code.
+  """The file for what is made from these words by this code.
 
   Args:
     place: the folder.
     words: tree that json can hold.
 
   Returns:
-    A path; None if hatjax was edited since it was imported.
+    A path; None if hatjax was edited since this module was imported.
   """
-  if _digest() != _CODE:
+  if _CODE is None or _digest() != _CODE:
     return None
-  words = json.dumps(
-    [words, _CODE, environment.machine()], sort_keys=True, default=str
-  )
+  words = json.dumps([words, _CODE], sort_keys=True, default=str)
   name = hashlib.sha256(words.encode()).hexdigest()
   return pathlib.Path(place) / f'{name}.npz'
 
@@ -63,11 +64,18 @@ def save(path, arrays, limit):
     arrays: {name: NumPy array}.
     limit: bytes that the folder may hold; files not used for longest go first.
   """
-  if path is None or sum(x.nbytes for x in arrays.values()) > limit:
+  size = sum(x.nbytes for x in arrays.values())
+  if path is None or size > limit:
     return
   part = path.with_name(f'{path.name}.{os.getpid()}.part')
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # For its owner alone: the faces may have been given on conditions.
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in path.parent.glob('*.part'):  # by processes that were killed
+      if left.stat().st_mtime < time.time() - _HOUR:
+        left.unlink()
+    if shutil.disk_usage(path.parent).free < _SPARE * size:
+      return  # Checkpoints may need it.
     with part.open('wb') as file:
       np.savez(file, **arrays)
     os.replace(part, path)
@@ -86,10 +94,13 @@ def save(path, arrays, limit):
 
 
 def _digest():
-  """Of the code of hatjax as it is on the disk."""
+  """Of the code of hatjax as it is on the disk; None if it is in motion."""
   digest, root = hashlib.sha256(), pathlib.Path(__file__).parent
-  for file in sorted(root.rglob('*.py')):
-    digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+  try:
+    for file in sorted(root.rglob('[!.]*.py')):
+      digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+  except OSError:
+    return None
   return digest.hexdigest()
 
 

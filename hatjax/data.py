@@ -173,7 +173,7 @@ class Batches:
       clips = [(c.id, c.first, c.num_frames) for c in self.clips]
       path = cache.path(cache.folder('frames'), [
         self.records.metadata['fingerprint'], clips, self.load_size,
-        self.resize,
+        self.resize, np.__version__, cv2.__version__,
       ])
     frames = cache.load(path)
     if frames is None:

@@ -32,7 +32,8 @@ def machine():
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'jax_options': {
       k: v for k, v in sorted(os.environ.items())
-      if k.startswith('JAX_') and 'DIR' not in k and 'ADDRESS' not in k
+      if k.startswith(('JAX_', 'FLAX_'))
+      and not k.endswith(('_DIR', '_ADDRESS'))
     },
   }
 
@@ -65,9 +66,10 @@ def _commit():
 
 def differences(old, new):
   """'jax: 0.10.0 -> 0.10.1' for every entry of `describe` that differs."""
-  flat = lambda d: {k: v for k, v in d.items() if k != 'packages'} | (
-    d.get('packages', {})
-  )
+  known = old.get('packages', {})  # Older entries list fewer.
+  flat = lambda d: {k: v for k, v in d.items() if k != 'packages'} | {
+    k: v for k, v in d.get('packages', {}).items() if k in known
+  }
   old, new = flat(old), flat(new)
   return [
     f'{k}: {old.get(k, "absent")} -> {new.get(k, "absent")}'

@@ -195,7 +195,7 @@ class Runner:
     self.on_nan = on_nan
     self._words = None
     if mode == 'jit' and jax.process_count() == 1 and words is not None:
-      self._words = [words, self.options, on_nan]
+      self._words = [words, self.options, on_nan, len(self.devices)]
     if mode == 'pmap':
       method = dataclasses.replace(method, axis_name=AXIS)
     self.method, self._prepare = method, prepare
@@ -257,6 +257,11 @@ class Runner:
       spec = PartitionSpec(None, AXIS)
       self._scans[count] = self._jit(self._several, spec, count)
     return self._scans[count]
+
+  def expect(self, count):
+    """Loads a kept program of so many steps while other things are done."""
+    if self._words is not None and self.dispatch == 'scan' and count > 1:
+      self._scan(count)
 
   def _compile_and_step(self, *args):
     """pmap takes no compiler options, but its compiled program does."""

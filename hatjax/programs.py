@@ -7,6 +7,7 @@ made from; see `cache`.
 """
 
 import collections
+import contextlib
 import inspect
 from concurrent import futures
 
@@ -15,7 +16,8 @@ import numpy as np
 import optax
 from jax import export
 
-from hatjax import cache, optim, state
+from hatjax import cache, environment, optim, state
+from hatjax.nets import lowerings
 
 LIMIT = 64 << 20  # bytes kept; a training step takes half a megabyte
 
@@ -35,7 +37,8 @@ def _name_types():
       ):
         named[cls] = f'{cls.__module__}.{cls.__qualname__}'
   for cls, name in named.items():
-    export.register_namedtuple_serialization(cls, serialized_name=name)
+    with contextlib.suppress(ValueError):  # An application knows it, too.
+      export.register_namedtuple_serialization(cls, serialized_name=name)
 
 
 _name_types()
@@ -95,11 +98,11 @@ class Kept:
       return jitted
     try:
       saved = export.export(jitted)(*args).serialize()
-    except Exception:  # Some cannot be kept; errors in a trace come again.
+      program = self._compile(saved)
+    except Exception:  # Some cannot be kept; other errors come again.
       return jitted
-    saved = np.frombuffer(saved, np.uint8)
-    cache.save(self._path, {'program': saved}, LIMIT)
-    return self._compile(saved)
+    cache.save(self._path, {'program': np.frombuffer(saved, np.uint8)}, LIMIT)
+    return program
 
   def _compile(self, saved):
     self._exported = export.deserialize(bytearray(saved))
@@ -121,7 +124,13 @@ def _path(words):
     return None
   if config.jax_debug_nans or config.jax_debug_infs or config.jax_disable_jit:
     return None
-  return cache.path(f'{folder}/programs', words)
+  options = {
+    name: getattr(config, name, value)  # of a context, if one is open
+    for name, value in config.values.items() if 'cache' not in name
+  }
+  return cache.path(f'{folder}/programs', [
+    words, environment.machine(), options, lowerings.form()
+  ])
 
 
 def _abstract(avals):

@@ -109,7 +109,8 @@ def train(config, folder, data_dir=None, keep=False):
     folder: workdir.
     data_dir: where the records live; see `records.data_dir`.
     keep: traced programs and decoded frames in the user's cache folder, for
-      runs to come. Not where a function was replaced since it was imported.
+      runs to come, if JAX has a compilation cache. Not where a function was
+      replaced since it was imported.
 
   Returns:
     {stage name: final state}.
@@ -155,6 +156,7 @@ def train(config, folder, data_dir=None, keep=False):
     config, print if jax.process_index() == 0 else lambda line: None
   )
   root = jax.random.key(config['seed'])
+  keep = keep and bool(jax.config.jax_compilation_cache_dir)
   states = {}
   with workdir.open_workdir(folder, config) as folder:
     for name, block, batches, method, begin, frozen in parts:
@@ -303,6 +305,7 @@ class _Stage:
       on_nan=self.settings.get('on_nan', 'stop'), words=words,
     )
     self.runner.check_batch_size(batches.batch_size)
+    self.runner.expect(self.settings.get('steps_per_dispatch', 1))
     self.scorer = validation.make_scorer(method, previous)
     # A stage that refines is scored on as many frames as it learns from.
     self.limit = validation.MAX_FRAMES

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in the project's folder and installs hatjax there.
-#   bash launch/install.sh [extras]      e.g. cuda, or test,cuda
+#   bash launch/install.sh [extras]      e.g. cuda, or test,cuda, or test cuda
 #   PYTHON=python3.12 bash launch/install.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,10 +16,11 @@ PY
   "${PYTHON:-python3}" -m venv .venv
 fi
 # Nothing to do where this pyproject.toml is installed already.
-stamp=.venv/installed-${1:-base}
+extras=$(IFS=,; echo "$*")
+stamp=.venv/installed-${extras:-base}
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo 'Installing (a minute or two)'
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    -e ".${1:+[$1]}"
+    -e ".${extras:+[$extras]}"
   touch "$stamp"
 fi

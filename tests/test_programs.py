@@ -2,15 +2,21 @@
 misleads."""
 
 import dataclasses
+import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_pipeline import assert_same
 
-from hatjax import cache, data, optim, parallel, programs
+from configs.frame_folders import get_config
+from hatjax import cache, data, optim, parallel, programs, train
 from hatjax import state as state_lib
+from hatjax.nets import lowerings
 
 
 @pytest.fixture
@@ -34,8 +40,10 @@ def run(words=('a',), x=(1.0, 2.0), factor=3.0):
   kept = programs.Kept(function, list(words), donate_argnums=0)
   state = jnp.zeros(())
   for _ in range(2):
-    out = kept(state, np.array(x, np.float32))
+    before = state
+    out = kept(before, np.array(x, np.float32))
     state = out['state']
+    assert before.is_deleted() or jax.config.jax_debug_nans  # donated
   assert float(state) == 2 * sum(x)
   return out['y'].tolist(), bool(traces)
 
@@ -71,7 +79,7 @@ def test_other_code_and_machines_have_programs_of_their_own(
 ):
   run()
   if what == 'machine':
-    monkeypatch.setattr(cache.environment, 'machine', lambda: {'jax': '9'})
+    monkeypatch.setattr(programs.environment, 'machine', lambda: {'jax': '9'})
   else:
     for name in ('_CODE', '_digest'):
       value = (lambda: 'new') if name == '_digest' else 'new'
@@ -226,3 +234,56 @@ def test_damaged_frames_are_decoded_again(folder, toy_records):
   path.write_bytes(saved)
   _, again, _ = frames_of(toy_records)
   jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_what_a_killed_process_left_is_cleared_and_disks_are_not_filled(
+  folder, monkeypatch
+):
+  run()
+  old, new = folder / 'a.npz.1.part', folder / 'b.npz.2.part'
+  for part in (old, new):
+    part.write_bytes(b'half')
+  os.utime(old, (0, 0))
+  run('b')
+  assert not old.exists() and new.exists()
+  assert folder.stat().st_mode & 0o077 == 0
+  kept = set(folder.glob('*.npz'))
+  usage = shutil.disk_usage(folder)
+  monkeypatch.setattr(
+    cache.shutil, 'disk_usage', lambda _: usage._replace(free=1000)
+  )
+  assert run('c') == ([3, 6], True)
+  assert set(folder.glob('*.npz')) == kept
+
+
+def test_options_and_forms_have_programs_of_their_own(folder):
+  run()
+  with jax.default_matmul_precision('float32'):
+    assert run() == ([3, 6], True)
+  with lowerings.lowering('plain'):
+    assert run() == ([3, 6], True)
+  assert run() == ([3, 6], False)
+
+
+def test_editors_do_no_harm(folder, monkeypatch, tmp_path):
+  """Locks that are links to nothing, files gone between two looks."""
+  (tmp_path / 'cache.py').write_text('')
+  monkeypatch.setattr(cache, '__file__', str(tmp_path / 'cache.py'))
+  before = cache._digest()
+  (tmp_path / '.#cache.py').symlink_to('nobody@nowhere.1')
+  assert before == cache._digest()
+  (tmp_path / 'gone.py').symlink_to('nowhere')
+  assert cache._digest() is None and cache.path('place', []) is None
+
+
+def test_a_kept_step_of_a_net_computes_the_same_bits(toy_records, tmp_path):
+  config = get_config('tiny,face_classifier')
+  stage = config.face_classifier
+  stage.data.update(name='frame_folders/none-16', split='everything')
+  stage.train.update(num_steps=3, val_split='everything', val_clips=1)
+  plain, kept = (
+    jax.tree.leaves(train.train(
+      json.loads(config.to_json()), tmp_path / str(keep), toy_records, keep=keep
+    )) for keep in (False, True)
+  )
+  assert_same(plain, kept)
