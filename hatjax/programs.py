@@ -17,7 +17,6 @@ import optax
 from jax import export
 
 from hatjax import cache, environment, optim, state
-from hatjax.nets import lowerings
 
 LIMIT = 64 << 20  # bytes kept; a training step takes half a megabyte
 
@@ -128,9 +127,8 @@ def _path(words):
     name: getattr(config, name, value)  # of a context, if one is open
     for name, value in config.values.items() if 'cache' not in name
   }
-  return cache.path(f'{folder}/programs', [
-    words, environment.machine(), options, lowerings.form()
-  ])
+  words = [words, environment.machine(), options]
+  return cache.path(f'{folder}/programs', words)
 
 
 def _abstract(avals):

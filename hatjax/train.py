@@ -43,6 +43,7 @@ from hatjax import (
   validation,
   workdir,
 )
+from hatjax.nets import lowerings
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
@@ -266,7 +267,7 @@ def _decisive(config, stage, batches):
   return [
     {k: v for k, v in config.items() if k not in others},
     {**stage, 'train': train}, describe(batches), batches.resident,
-    [clip.num_frames for clip in batches.clips],
+    [clip.num_frames for clip in batches.clips], lowerings.form(),
   ]
 
 

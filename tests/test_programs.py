@@ -256,13 +256,23 @@ def test_what_a_killed_process_left_is_cleared_and_disks_are_not_filled(
   assert set(folder.glob('*.npz')) == kept
 
 
-def test_options_and_forms_have_programs_of_their_own(folder):
+def test_options_of_jax_have_programs_of_their_own(folder):
   run()
   with jax.default_matmul_precision('float32'):
     assert run() == ([3, 6], True)
-  with lowerings.lowering('plain'):
-    assert run() == ([3, 6], True)
   assert run() == ([3, 6], False)
+
+
+def test_the_form_of_convolutions_decides_on_a_program(toy_records):
+  config = json.loads(get_config('tiny').to_json())
+  batches = data.make_batches(
+    'frame_folders/none-16', 'everything', 16, directory=toy_records
+  )
+  words = lambda: train._decisive(config, config['hat_cgan'], batches)
+  before = words()
+  with lowerings.lowering('plain'):
+    assert words() != before
+  assert words() == before
 
 
 def test_editors_do_no_harm(folder, monkeypatch, tmp_path):
