@@ -8,7 +8,9 @@ data reads the config's records and runs the training loop on them. With
 --config.profile=4gb or --config.deterministic everything is measured without
 it too, and compared. In the JSON:
 
-  init_, trace_, compile_seconds   with an empty compilation cache
+  init_, trace_, compile_seconds   with an empty compilation cache, unless
+                        --cached: a process that has compiled its step may run
+                        it slower than one that loads it
   first_step_seconds    all of it again with a full cache, and one step
   step_seconds          of each step, waiting for the device after every one
   step_seconds_mean     of as many in a row, as training goes: the device waits
@@ -74,6 +76,7 @@ class Options:
   steps: int = 20
   warmup: int = 3
   num_frames: int = 0
+  cached: bool = False
   data_dir: str | None = None
   trace: str | None = None
 
@@ -167,7 +170,9 @@ def _measure_steps(config, stage, make_runner, options):
   """The row of a batch size in the modes train and generate."""
   del config
   case, frames = _make_case(stage, make_runner, options)
-  row, runner, state = timing.measure(case, options.steps, options.warmup)
+  row, runner, state = timing.measure(
+    case, options.steps, options.warmup, options.cached
+  )
   if options.trace:
     name = f'{stage["method"]}_{stage["data"]["batch_size"]}'
     folder = str(pathlib.Path(options.trace) / name)
@@ -421,6 +426,10 @@ def _define():
   integer('steps', d.steps, 'Timed steps (or videos, or batches).')
   integer('warmup', d.warmup, 'Steps before them, besides the first.')
   integer('num_frames', d.num_frames, 'Per generated video; default 20.')
+  flags.DEFINE_boolean(
+    'cached', d.cached, 'Load what the compilation cache holds, as a run that '
+    'starts again does; compile s then says how long that took.',
+  )
   string('trace', d.trace, 'Folder for a profile of three steps, to be opened '
          'with tensorboard --logdir or xprof; not in mode data.')
   string('data_dir', d.data_dir, 'Where the records live; only for mode data.')
@@ -474,7 +483,7 @@ def main():
 
   groups = {
     'options': 'config mode batch_sizes num_frames dtype devices lowering '
-    'steps warmup data_dir json trace'
+    'steps warmup cached data_dir json trace'
   }
   return command.run_absl(run, config_flag.parse, __doc__, groups)
 

@@ -36,19 +36,20 @@ class Case:
   plainly: Callable = contextlib.nullcontext
 
 
-def measure(case, steps, warmup):
+def measure(case, steps, warmup, cached=False):
   """Compiles, starts and times a step.
 
   Args:
     case: Case.
     steps: how many are timed one by one, and as many again in a row.
     warmup: steps before them, besides the first.
+    cached: take what the user's compilation cache holds of it.
 
   Returns:
     (dict of numbers, the runner, the state).
   """
   rng = jax.random.key(1)
-  with _empty_cache():
+  with contextlib.nullcontext() if cached else _empty_cache():
     row = _compile(case, rng)
     begin = time.perf_counter()
     runner = case.make_runner()

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from hatjax import benchmark, methods, parallel, report, timing
 from hatjax import state as state_lib
@@ -275,19 +276,39 @@ def test_batches_are_random_and_in_range():
   assert ready['lip_mask'].dtype == np.float32
 
 
-def test_the_user_cache_is_left_alone(tmp_path):
-  folder = jax.config.jax_compilation_cache_dir
-  seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-  try:
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)
-    (row,) = run()['rows']
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-  finally:
-    jax.config.update('jax_compilation_cache_dir', folder)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds)
+@pytest.fixture
+def own_cache(tmp_path):
+  names = (
+    'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs',
+  )
+
+  def use(*values):
+    for name, value in zip(names, values):
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+  before = [getattr(jax.config, name) for name in names]
+  use(str(tmp_path), 0.0)
+  yield tmp_path
+  use(*before)
+
+
+def test_the_user_cache_is_left_alone(own_cache):
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)
+  (row,) = run()['rows']
+  assert jax.config.jax_compilation_cache_dir == str(own_cache)
+  assert list(own_cache.iterdir()) == []
   assert row['first_step_seconds'] > 0 < row['compile_seconds']
+
+
+def test_cached_takes_what_the_user_cache_holds(own_cache):
+  names = lambda: {path.name for path in own_cache.glob('jit__one-*-cache')}
+  (first,) = run(cached=True)['rows']
+  kept = names()
+  (second,) = run(cached=True)['rows']
+  assert kept and names() == kept
+  same = 'flops', 'bytes_accessed', 'compiled_peak_bytes'
+  assert [first[k] for k in same] == [second[k] for k in same]
 
 
 def test_the_lowering_switch_changes_the_program(monkeypatch):
@@ -295,7 +316,7 @@ def test_the_lowering_switch_changes_the_program(monkeypatch):
   config = module.get_config('hat_cgan,tiny').to_dict()
   programs = []
 
-  def measure(case, steps, warmup):
+  def measure(case, steps, warmup, cached):
     runner = case.make_runner()
     key = jax.random.key(0)
     state = jax.eval_shape(runner.method.init, key, case.example)
@@ -318,10 +339,10 @@ def test_the_lowering_switch_changes_the_program(monkeypatch):
 def test_a_batch_too_large_ends_the_stage(monkeypatch):
   measure = timing.measure
 
-  def limited(case, steps, warmup):
+  def limited(case, *rest):
     if len(case.batches[0]['video']) > 2:
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no room\nmore')
-    return measure(case, steps, warmup)
+    return measure(case, *rest)
 
   monkeypatch.setattr(timing, 'measure', limited)
   lines = []
