@@ -101,7 +101,7 @@ def test_every_command_is_understood(line):
       config_flag._check([name, *words])
     known = ' '.join(evaluate._GROUPS.values())
     known += ' config workdir data_dir distributed mode batch_sizes num_frames'
-    known += ' dtype devices lowering steps warmup json trace'
+    known += ' dtype devices lowering steps warmup cached json trace'
     for word in words:
       if word.startswith('--') and not word.startswith('--config.'):
         assert word[2:].partition('=')[0] in known.split(), word
