@@ -98,7 +98,8 @@ def _one_step(runner, state, batch, rng):
 
 @contextlib.contextmanager
 def _empty_cache():
-  """A compilation cache of one's own, so that the user's is left alone."""
+  """A compilation cache of one's own, so that the user's is left alone; gives
+  its folder."""
   names = (
     'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs',
   )
@@ -112,7 +113,7 @@ def _empty_cache():
   with tempfile.TemporaryDirectory(prefix='hatjax') as folder:
     use(folder, 0.0)
     try:
-      yield
+      yield folder
     finally:
       use(*before)
 

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from hatjax import benchmark, methods, parallel, report, timing
 from hatjax import state as state_lib
@@ -277,20 +276,9 @@ def test_batches_are_random_and_in_range():
 
 
 @pytest.fixture
-def own_cache(tmp_path):
-  names = (
-    'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs',
-  )
-
-  def use(*values):
-    for name, value in zip(names, values):
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-  before = [getattr(jax.config, name) for name in names]
-  use(str(tmp_path), 0.0)
-  yield tmp_path
-  use(*before)
+def own_cache():
+  with timing._empty_cache() as folder:
+    yield pathlib.Path(folder)
 
 
 def test_the_user_cache_is_left_alone(own_cache):
