@@ -189,11 +189,14 @@ def _lives(process):
 
 
 def _stop(*_):
-  raise KeyboardInterrupt
+  # Not KeyboardInterrupt: raised in the midst of an `exec` (an import that
+  # makes a dataclass), it turns a clean exit of `python -m` into signal 2.
+  sys.exit()
 
 
 def _run(args):
-  for name in ('SIGTERM', 'SIGHUP'):  # nothing uploaded outlives the page
+  # Nothing uploaded outlives the page.
+  for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
     if hasattr(signal, name):
       signal.signal(getattr(signal, name), _stop)
   folder = _temporary_folder()
@@ -236,8 +239,6 @@ def main(argv=None):
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
-    return 0
   return 0
 
 
