@@ -361,6 +361,7 @@ def test_contrast_by_hand():
   (dict(num_frames=7), 'num_frames is 7'),
   (dict(discriminator_size=12), 'model.discriminator_size is 12'),
   (dict(n_id_frames=9), 'n_id_frames is 9. Use 1 to 8'),
+  (dict(microbatches=2, norm='batch'), 'Use 1, or model.norm=group'),
 ])
 def test_wrong_settings_are_named(changes, message):
   with pytest.raises(ValueError, match=message):
@@ -388,6 +389,15 @@ def test_configs_have_their_own_size_and_frames():
   assert (paper.data.name, paper.data.split, paper.train.val_split) == (
     'mug/face-256-black', 'subjects_80', 'subjects_20'
   )
+
+
+@pytest.mark.parametrize(('norm', 'parts'), (('batch', 1), ('group', 4)))
+def test_the_profile_splits_no_batch_that_is_normalized_whole(norm, parts):
+  stage = mug.get_config('fev_gan,paper').fev_gan.to_dict()
+  stage['model']['norm'] = norm
+  settled = methods.settle({'profile': '4gb'}, stage, num_devices=2)
+  assert stage['data']['batch_size'] == 8
+  assert settled['model']['microbatches'] == parts
 
 
 def test_nets_from_elsewhere_are_asked_for_and_checked(tiny, tmp_path):

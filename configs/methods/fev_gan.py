@@ -83,6 +83,7 @@ def _model(preset, image_size):
     lambda_lips=0.0,              # L1 inside the lips
     lambda_id=1.0,
     ema_decay=0.0,                # of the generator, warmed up; 0: none
+    microbatches=1,               # parts of a batch, one after another
     remat=False,                  # less memory, a third more work
     dtype='float32',              # of the computation; or bfloat16
   )

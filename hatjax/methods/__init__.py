@@ -113,7 +113,7 @@ def settle(config, stage, num_devices=None):
 
   Args:
     config: mapping; of it `profile` ('4gb': bfloat16, recomputation, and one
-      clip at a time) and `deterministic`.
+      clip at a time where its norms allow) and `deterministic`.
     stage: one of its stages.
     num_devices: which share a batch; default all.
 
@@ -127,12 +127,13 @@ def settle(config, stage, num_devices=None):
       f"config.profile is {profile!r}. Choose one of: {known}, or '' for none."
     )
   changes = dict(PROFILES[profile])
-  if profile and dict(stage['model']).get('microbatches', 1) == 1:
+  cls, model = METHODS.get(stage['method']), dict(stage['model'])
+  whole = model.get('norm') in getattr(cls, 'whole_norms', ())
+  if profile and not whole and model.get('microbatches', 1) == 1:
     share = stage['data']['batch_size'] // (num_devices or jax.device_count())
     changes['microbatches'] = max(1, share)
   if config.get('deterministic'):
     changes['deterministic'] = True
-  cls = METHODS.get(stage['method'])
   fields = {f.name for f in dataclasses.fields(cls)} if cls else set()
   changes = {k: v for k, v in changes.items() if k in fields}
   return {**stage, 'model': {**stage['model'], **changes}}

@@ -70,22 +70,25 @@ class FEVGAN:
   lambda_lips: float = 0.0
   lambda_id: float = 1.0
   ema_decay: float = 0.0
+  microbatches: int = 1
   remat: bool = False
   dtype: str = 'float32'
   axis_name: str | None = None
   reads = ('image', 'label')
+  whole_norms = ('batch',)  # whose batch cannot be computed in parts
 
   def __post_init__(self):
     settings.check_shares(model__eid_dropout=self.eid_dropout)
-    settings.check_choices(
-      model__eid=(self.eid, SOURCES),
-      model__dec_arch=(self.dec_arch, nets.DECODERS),
-      model__head=(self.head, nets.HEADS),
-      model__norm=(self.norm, nets.NORMS),
-      model__init_weights=(self.init_weights, nets.INITS),
-      model__label_inject=(self.label_inject, nets.INJECTIONS),
-      model__dtype=(self.dtype, settings.DTYPES),
+    settings.check_model(
+      self, eid=SOURCES, dec_arch=nets.DECODERS, head=nets.HEADS,
+      norm=nets.NORMS, init_weights=nets.INITS, label_inject=nets.INJECTIONS,
     )
+    if self.microbatches > 1 and self.norm in self.whole_norms:
+      raise ValueError(
+        f'model.microbatches is {self.microbatches}, but model.norm='
+        f'{self.norm} normalizes over the whole batch. Use 1, or '
+        'model.norm=group.'
+      )
     if not (self.use_identity or self.use_spatial):
       raise ValueError(
         'model.use_identity and model.use_spatial are both off: the decoder '
@@ -249,32 +252,8 @@ class FEVGAN:
     Returns: the new state and a dict of scalar metrics.
     """
     chex.assert_rank(batch['video'], 5)
-    image, label = batch['video'][:, 0], batch['label']
-    faces = None
-    if self._has_identity:
-      faces = losses.stop(
-        self._identify(state.params['identity_encoder'], image)
-      )
-
-    def forward(params):
-      fake, stats = self._generate(
-        params, state.model_state['batch_stats'], image, faces, label, rng
-      )
-      return fake, stats
-
-    if self.remat:
-      forward = jax.checkpoint(forward)
-    fake, pull, stats = jax.vjp(
-      forward, state.params['generator'], has_aux=True
-    )
-    metrics = {}
-    if self.lambda_gan:
-      grad = jax.grad(self.discriminator_loss, has_aux=True)
-      grads, metrics = grad(state.params['discriminator'], fake, batch)
-      state = self._update(state, discriminator=grads)
-    loss = lambda fake: self.generator_loss(fake, faces, state, batch)
-    grad_fake, learned = jax.grad(loss, has_aux=True)(fake)
-    state = self._update(state, generator=pull(grad_fake)[0])
+    turn = self._turn if self.microbatches == 1 else self._turn_in_parts
+    state, stats, metrics = turn(state, batch, rng)
     # Under pmap every device has normalized by, and noted, the same moments.
     state = state.replace(model_state={'batch_stats': stats})
     if self.ema_decay:
@@ -283,7 +262,80 @@ class FEVGAN:
         state.step,
       )
       state = state.replace(ema={'generator': average})
-    return state, state_lib.pmean(metrics | learned, self.axis_name)
+    return state, state_lib.pmean(metrics, self.axis_name)
+
+  def _turn(self, state, batch, rng):
+    """The updates of both; also the moments of the batch norms, the metrics."""
+    faces, metrics = self._faces(state, batch), {}
+    fake, pull, stats = self._forward(state, batch, faces, rng)
+    if self.lambda_gan:
+      grads, metrics = self._judge_grads(state, fake, batch)
+      state = self._update(state, discriminator=grads)
+    grads, learned = self._learn(state, batch, faces, fake, pull)
+    state = self._update(state, generator=grads)
+    return state, stats, metrics | learned
+
+  def _turn_in_parts(self, state, batch, rng):
+    """As `_turn`, one microbatch at a time: all of them meet the discriminator
+    before any meets the generator, which therefore runs twice."""
+    parts = state_lib.split_batch({'batch': batch}, self.microbatches)
+    parts['rng'] = jax.random.split(rng, self.microbatches)
+    params, stats = state.params['generator'], state.model_state['batch_stats']
+    metrics = {}
+
+    def generate(part):
+      faces, batch = self._faces(state, part['batch']), part['batch']
+      fake, _ = self._generate(
+        params, stats, batch['video'][:, 0], faces, batch['label'], part['rng']
+      )
+      return (), {'faces': faces, 'fake': fake}
+
+    judge = lambda part: (
+      self._judge_grads(state, part['fake'], part['batch']), ()
+    )
+    if self.lambda_gan:
+      parts |= state_lib.accumulate(generate, parts)[1]
+      (grads, metrics), _ = state_lib.accumulate(judge, parts)
+      state = self._update(state, discriminator=grads)
+
+    def learn(part):
+      batch, faces = part['batch'], part.get('faces')
+      if faces is None:
+        faces = self._faces(state, batch)
+      fake, pull, _ = self._forward(state, batch, faces, part['rng'])
+      return self._learn(state, batch, faces, fake, pull), ()
+
+    (grads, learned), _ = state_lib.accumulate(learn, parts)
+    state = self._update(state, generator=grads)
+    return state, stats, metrics | learned
+
+  def _faces(self, state, batch):
+    """E_id's features of the input faces; None where nothing asks."""
+    if not self._has_identity:
+      return None
+    params = state.params['identity_encoder']
+    return losses.stop(self._identify(params, batch['video'][:, 0]))
+
+  def _forward(self, state, batch, faces, rng):
+    """(the videos, their pullback, the moments of the batch norms)."""
+    image, label = batch['video'][:, 0], batch['label']
+    stats = state.model_state['batch_stats']
+    forward = lambda params: (
+      self._generate(params, stats, image, faces, label, rng)
+    )
+    if self.remat:
+      forward = jax.checkpoint(forward)
+    return jax.vjp(forward, state.params['generator'], has_aux=True)
+
+  def _judge_grads(self, state, fake, batch):
+    grad = jax.grad(self.discriminator_loss, has_aux=True)
+    return grad(state.params['discriminator'], fake, batch)
+
+  def _learn(self, state, batch, faces, fake, pull):
+    """(gradients of the generator, metrics)."""
+    loss = lambda fake: self.generator_loss(fake, faces, state, batch)
+    grad_fake, metrics = jax.grad(loss, has_aux=True)(fake)
+    return pull(grad_fake)[0], metrics
 
   def _update(self, state, **grads):
     grads = state_lib.pmean(grads, self.axis_name)
