@@ -22,7 +22,7 @@ from hatjax.methods import video_diffusion
 from hatjax.nets import lowerings
 
 HERE = pathlib.Path(__file__).resolve().parent
-STAGES = test_methods.tiny_stages()
+STAGES = test_methods.tiny_stages(lambda method: True)
 
 
 # -- devices ------------------------------------------------------------------

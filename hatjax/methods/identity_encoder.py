@@ -74,8 +74,14 @@ class IdentityEncoder:
     images = rearrange(batch['video'], 'b t h w c -> (b t) h w c')
     subject = jnp.repeat(batch['subject'], frames)
 
+    if self.axis_name:
+      subject = self._gather(subject)
+
     def loss(params):
-      return contrast(self.embed(params, images), subject, self.temperature)
+      vectors = self.embed(params, images)
+      if self.axis_name:  # Everybody else is on all devices.
+        vectors = self._gather(vectors)
+      return contrast(vectors, subject, self.temperature)
 
     (value, right), grads = jax.value_and_grad(loss, has_aux=True)(
       state.params['identity_encoder']
@@ -84,6 +90,9 @@ class IdentityEncoder:
     state = state.apply_gradients(self.tx, identity_encoder=grads)
     metrics = {'loss/identity': value, 'identity/nearest': right}
     return state, state_lib.pmean(metrics, self.axis_name)
+
+  def _gather(self, x):
+    return jax.lax.all_gather(x, self.axis_name, tiled=True)
 
   def score(self, state, clip, n, label):
     """Mean cosine of a clip's later frames with its first; for validation."""
