@@ -16,13 +16,15 @@ it too, and compared. In the JSON:
   step_seconds_mean     of as many in a row, as training goes: the device waits
                         for no batch. What is per second comes of it
   encode_, decode_seconds_median   of generation, apart, on one device
-  flops, bytes_accessed of a step over all devices, by XLA's count; on a CPU
-                        rewritten convolutions count the zeros that they pad
+  flops, bytes_accessed of a step over all devices, by XLA's count, bytes of a
+                        loop those of one turn; on a CPU rewritten convolutions
+                        count the zeros that they pad
   share_of_peak         flops per second over those of matrix products of the
                         same type on the same devices, in the same process
   compiled_peak_bytes   of one device, by the compiled program; on a CPU an
                         estimate: bfloat16 works on float32 copies there
   device_peak_bytes     of one device, the most so far; CPUs do not report it
+                        (a profile goes first, so that its own is seen)
   waiting_share         of the training loop's time: fetching a batch while the
                         device had nothing left to do
 """
@@ -184,19 +186,18 @@ def _measure_steps(config, stage, make_runner, options):
   }
   if options.mode == 'generate' and len(runner.devices) == 1:
     state = runner.fetch(state)
-    row |= _time_parts(
-      runner.method.method, state, case.batches, frames, options
-    )
+    row |= _time_parts(runner, state, case.batches, frames, options)
   yield row
 
 
-def _time_parts(method, state, batches, num_frames, options):
+def _time_parts(runner, state, batches, num_frames, options):
   """Encoding a face and decoding its frames apart, where a method can."""
+  method, rng = runner.method.method, jax.random.key(1)
+  jit = functools.partial(jax.jit, compiler_options=runner.options or None)
   if not hasattr(method, 'encode'):
     return {}
-  rng = jax.random.key(1)
 
-  @jax.jit
+  @jit
   def encode(state, inputs):
     inputs = _prepare(inputs)
     chunk = inputs.get('driving')
@@ -205,7 +206,7 @@ def _time_parts(method, state, batches, num_frames, options):
       chunk = method.sweep_alpha(state, label, num_frames)
     return method.encode(state, inputs, rng), chunk
 
-  @jax.jit
+  @jit
   def decode(state, context, chunk):
     return video.to_uint8(method.decode(state, context, chunk, rng))
 
@@ -271,7 +272,7 @@ def _time_fetches(stream, count):
 
 
 def _train_loop(runner, done, stream, steps, chunk):
-  """The loop of hatjax.train: it waits for the device only at the end.
+  """As hatjax.train: a chunk computes while the next one is fetched.
 
   Returns:
     ((state, metrics), (seconds in all, seconds fetching batches, those of them
@@ -286,7 +287,9 @@ def _train_loop(runner, done, stream, steps, chunk):
     fetching += spent
     if all(metric.is_ready() for metric in jax.tree.leaves(done[1])):
       waiting += spent
+    ahead = done[1]
     done = runner.step(done[0], batches, rng)
+    jax.block_until_ready(ahead)
   jax.block_until_ready(done)
   return done, (time.perf_counter() - begin, fetching, waiting)
 
@@ -318,17 +321,20 @@ def benchmark(config, options, show=lambda line: None):
   words = (config.get('profile'), 'deterministic')
   words = filter(None, words if config.get('deterministic') else words[:1])
   label = ' '.join(words)
-  variants = {'': plain, label: config} if label else {'': config}
+  variants = {label: config, '': plain} if label else {'': config}
   for name in config['stages']:
+    if options.mode == 'generate' and not hasattr(
+      _make_method(config[name]), 'animate'
+    ):
+      show(f'\n{name}: makes no videos')
+      continue
     rows = []
     for label, variant in variants.items():
-      rows.append(list(_measure_variant(variant, name, options, report, show)))
-      for row in rows[-1]:
-        row['variant'] = label
+      found = _measure_variant(variant, name, options, report, show)
+      rows.append([{**row, 'variant': label} for row in found])
       report['rows'] += rows[-1]
-    if label:
-      for line in report_lib.compare(*rows):
-        show(line)
+    for line in report_lib.compare(*rows) if len(rows) > 1 else ():
+      show(line)
   return report
 
 

@@ -123,28 +123,28 @@ def compiler_options(config, show=print):
     if not needed:
       show(f'deterministic: nothing to add on a {backend}, which repeats.')
     options |= needed
-  options = {k: v for k, v in options.items() if _is_known(k, v, show)}
-  shown = ', '.join(f'{k}={v}' for k, v in options.items())
+  known = _known(options)
+  for name in options:
+    if name not in known:
+      show(f'note: compiler option {name} is unknown here and left out.')
+  shown = ', '.join(f'{k}={v}' for k, v in known.items())
   show(f'compiler options: {shown or "none"}')
-  return options
+  return known
 
 
 def jit(function, **options):
   """`jax.jit` with the compiler options that suit the platform, where no run's
   config is asked: programs that make videos."""
-  return jax.jit(
-    function, compiler_options=_suited(jax.default_backend()), **options
-  )
+  suited = COMPILER_OPTIONS.get(jax.default_backend(), {})
+  return jax.jit(function, compiler_options=_known(suited), **options)
+
+
+def _known(options):
+  return {k: v for k, v in options.items() if _is_known(k, v)}
 
 
 @functools.cache
-def _suited(backend):
-  options = COMPILER_OPTIONS.get(backend, {})
-  quiet = lambda line: None
-  return {k: v for k, v in options.items() if _is_known(k, v, quiet)}
-
-
-def _is_known(name, value, show):
+def _is_known(name, value):
   try:
     probe = jax.jit(lambda x: x + 1, compiler_options={name: value})
     probe.lower(jnp.zeros(())).compile()
@@ -152,7 +152,6 @@ def _is_known(name, value, show):
     if 'No such compile option' not in str(error):
       reason = str(error).splitlines()[0]
       raise ValueError(f'config.compiler_options: {reason}') from error
-    show(f'note: compiler option {name} is unknown here and left out.')
     return False
   return True
 
@@ -215,7 +214,7 @@ class Runner:
       self._step = self._jit(self._one, PartitionSpec(AXIS))
     self._init = self._kept(
       method.init, out_shardings=self._replicated,
-      compiler_options=QUICK_COMPILE,
+      compiler_options=_known(QUICK_COMPILE),
     )
 
   @functools.cached_property
@@ -384,6 +383,16 @@ class Runner:
       return self._pmapped.lower(state, batch, self._resident, rng)
     batch = self._global(batch, PartitionSpec(AXIS))
     return self._step.lower(state, batch, self._resident, rng)
+
+  def jaxpr(self, state, batch, rng):
+    """What one step on a host batch is traced to, before XLA sees it; under
+    pmap, what each device does."""
+    if self.mode == 'pmap':
+      batch = jax.tree.map(self._shard, batch)
+      args = state, batch, self._resident, rng
+      return jax.make_jaxpr(self._pmapped)(*args).jaxpr
+    batch = self._global(batch, PartitionSpec(AXIS))
+    return self._step.trace(state, batch, self._resident, rng).jaxpr.jaxpr
 
   def _shard(self, x):
     n = len(self.devices)

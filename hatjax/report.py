@@ -64,12 +64,12 @@ def growth(rows):
       )
 
 
-def compare(plain, special):
+def compare(special, plain):
   """Lines on what a profile or determinism saves and costs.
 
   Args:
-    plain: rows without it; a batch size may be missing (it did not fit).
     special: rows with it, whose `variant` names it.
+    plain: rows without it; a batch size may be missing (it did not fit).
   """
   before = {row['batch_size']: row for row in plain}
   for row in special:

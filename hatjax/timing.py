@@ -14,6 +14,7 @@ from importlib import metadata
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.extend import core
 
 _PRODUCTS = 8  # of matrices, in a row; one alone would time its dispatch
 
@@ -138,11 +139,13 @@ def _compile(case, rng):
   flops = count * costs.get('flops', 0.0)
   whole = before.get('flops', 0.0) * (count if runner.mode == 'pmap' else 1)
   on_cpu = runner.devices[0].platform == 'cpu'
+  jaxpr = runner.jaxpr(state, case.batches[0], rng)
+  loops = _loop_flops(jaxpr) * (count if runner.mode == 'pmap' else 1)
   if not whole or not on_cpu:
-    whole = _count_flops(case, rng) or whole
+    whole, loops = _count_flops(case, rng) or (whole, loops)
   # Library calls (convolutions on GPUs) are uncounted once compiled.
   known = on_cpu and flops >= 0.5 * whole
-  row['flops'] = flops if known or not whole else whole
+  row['flops'] = loops + (flops if known or not whole else whole)
   row['bytes_accessed'] = count * costs.get('bytes accessed', 0.0)
   stats = _ask(compiled.memory_analysis)
   parts = {
@@ -159,16 +162,35 @@ def _count_flops(case, rng):
   """Of the step as a CPU would get it: others count compiled programs alone.
 
   Done plainly, so that no form of a convolution counts what it adds.
+
+  Returns:
+    (FLOPs, those of later turns of loops), or None without a CPU.
   """
   try:
     cpu = jax.devices('cpu')[:1]
   except RuntimeError:  # JAX_PLATFORMS leaves it out
-    return 0.0
+    return None
   runner = case.make_runner(devices=cpu, mode='jit')
   with jax.default_device(cpu[0]), case.plainly():
     state = runner.abstract_state(case.example)
     lowered = runner.lower(state, case.batches[0], rng)
-  return _ask(lowered.cost_analysis).get('flops', 0.0)
+    loops = _loop_flops(runner.jaxpr(state, case.batches[0], rng))
+  return _ask(lowered.cost_analysis).get('flops', 0.0), loops
+
+
+def _loop_flops(jaxpr):
+  """What XLA's count leaves out: every turn of a loop but the first."""
+  total = 0.0
+  for equation in jaxpr.eqns:
+    inner = sum(map(_loop_flops, core.jaxprs_in_params(equation.params)))
+    if equation.primitive.name == 'scan':
+      body, turns = equation.params['jaxpr'], equation.params['length']
+      shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in body.in_avals]
+      lowered = jax.jit(core.jaxpr_as_fun(body)).lower(*shapes)
+      once = _ask(lowered.cost_analysis).get('flops', 0.0)
+      inner = turns * inner + (turns - 1) * once
+    total += inner
+  return total
 
 
 def _ask(analysis):
