@@ -22,8 +22,7 @@ from hatjax.methods import video_diffusion
 from hatjax.nets import lowerings
 
 HERE = pathlib.Path(__file__).resolve().parent
-STAGES = test_methods.tiny_stages()
-EVERY_STAGE = test_methods.tiny_stages(lambda method: True)
+STAGES = test_methods.tiny_stages(lambda method: True)
 
 
 # -- devices ------------------------------------------------------------------
@@ -53,7 +52,7 @@ def compare_devices():
   jax.config.update('jax_enable_x64', True)
   settings.DTYPES += ('float64',)
   methods.METHODS['video_diffusion'] = Settled
-  for stage in EVERY_STAGE:
+  for stage in STAGES:
     changes = test_methods.QUIET.get(stage['method'], {})
     changes = {'dtype': 'float64', **changes}
     method, start, batch = test_methods.still(stage, 8, **changes)
@@ -89,7 +88,7 @@ def test_eight_devices_equal_one():
     capture_output=True, text=True,
   )
   assert out.returncode == 0, out.stderr[-3000:]
-  for stage in EVERY_STAGE:
+  for stage in STAGES:
     assert f'{stage["method"]}: equal on 8 devices' in out.stdout
 
 

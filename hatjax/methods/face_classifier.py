@@ -150,7 +150,10 @@ class FaceClassifier:
     target = jnp.where(first, self.num_labels, label[:, None])
     weight = jnp.clip(2 * batch['time'] - 1, 0, 1)
     weight = jnp.where(first, 0.5, weight)
-    entropy = optax.softmax_cross_entropy_with_integer_labels
+    # Products with ones and zeros: a pick's gradient would be a scatter.
+    entropy = lambda logits, label: optax.softmax_cross_entropy(
+      logits, jax.nn.one_hot(label, logits.shape[-1])
+    )
     expression = (weight * entropy(logits, target)).sum(1) / weight.sum(1)
     expression = expression.mean()
     person = jnp.repeat(batch['subject'] % self.num_people, t)
