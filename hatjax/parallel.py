@@ -1,18 +1,16 @@
 """One step function -> jit over a mesh, or pmap. The only file that knows
 devices."""
 
-import ctypes
 import dataclasses
 import functools
 import os
-import platform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hatjax import cache, guard, programs
+from hatjax import cache, guard, heap, programs
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
@@ -27,11 +25,7 @@ DETERMINISTIC_OPTIONS = {'gpu': {'xla_gpu_deterministic_ops': True}}
 FRUGAL_OPTIONS = {
   'cpu': {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'},
 }
-# Names and numbers of malloc.h. Only the first arena grows without mmap.
-_MALLOC_OPTIONS = {
-  'M_ARENA_MAX': (-8, 1), 'M_MMAP_MAX': (-4, 0),
-  'M_TRIM_THRESHOLD': (-1, -1),  # never
-}
+LONG = 5.0  # seconds of compiling, after which the heap is worth mending
 # For programs that run once: compiling takes longer than running.
 QUICK_COMPILE = {
   'xla_backend_optimization_level': 0,
@@ -44,29 +38,26 @@ def start_process():
 
   Keeps compiled programs in the user's cache folder between runs;
   JAX_COMPILATION_CACHE_DIR chooses another folder, or none if empty. And keeps
-  memory between steps.
+  memory between steps, in one piece.
   """
-  _keep_memory()
+  heap.keep_freed()
   folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
   if folder is None:
     folder = str(cache.folder('xla'))
   jax.config.update('jax_compilation_cache_dir', folder or None)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  _listen()
 
 
-def _keep_memory():
-  """Asks glibc to keep freed memory rather than hand it back.
+@functools.cache  # once, however often a process starts
+def _listen():
+  jax.monitoring.register_event_duration_secs_listener(_after_compiling)
 
-  XLA:CPU allocates a step's intermediates anew every time. glibc maps such
-  large blocks freshly, and the kernel clears them page by page: up to a
-  quarter of a step. Settings of the user's own (MALLOC_...) are respected.
-  """
-  mine = any(name.startswith('MALLOC_') for name in os.environ)
-  if mine or platform.libc_ver()[0] != 'glibc':
-    return
-  libc = ctypes.CDLL(None)
-  for option, value in _MALLOC_OPTIONS.values():
-    libc.mallopt(option, value)
+
+def _after_compiling(event, seconds, **_):
+  compiled = event == '/jax/core/compile/backend_compile_duration'
+  if compiled and seconds > LONG and jax.default_backend() == 'cpu':
+    heap.fill_holes()
 
 
 def join_processes():
