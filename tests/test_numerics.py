@@ -82,6 +82,19 @@ def test_every_form_of_a_convolution_equals_plain(
     np.testing.assert_allclose(one, other, atol=atol, rtol=1e-5)
 
 
+@pytest.mark.parametrize('op, side', [
+  (layers.downsample_conv, 16), (layers.upsample_conv, 8),
+])
+def test_small_pictures_are_filtered_where_they_are_many(op, side):
+  for count in (15, 16):  # a thousand pixels of 8x8 lie between
+    x = np.zeros((count, side, side, 64), 'f4')
+    w = np.zeros((4, 4, 64, 64), 'f4')
+    with lowerings.lowering('rewritten'):
+      text = jax.jit(op).lower(x, w).as_text()
+    # F(4, 2) makes 25 products of matrices.
+    assert ('tensor<25x' in text) == (count == 16)
+
+
 @pytest.mark.parametrize('k, pad, features', [(3, 1, 2), (4, 1, 1), (7, 0, 5)])
 def test_convolution_to_few_features_equals_plain(k, pad, features):
   x, w = normal(0, 2, 9, 8, 20), 0.1 * normal(1, k, k, 20, features)

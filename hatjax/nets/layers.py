@@ -18,9 +18,10 @@ from hatjax.nets import winograd
 from hatjax.nets.lowerings import form, rewrites
 from hatjax.nets.norms import add_bias
 
-# Up to this side of the smaller picture every tap has its own matrix product:
-# the kernel is used as it lies. (XLA takes picture and kernel for each other on
-# their way to cuDNN where both are as large.)
+# Up to this side of the smaller picture every tap has its own matrix product,
+# unless minimal filtering pays: the kernel is used as it lies. (XLA takes
+# picture and kernel for each other on their way to cuDNN where both are as
+# large.)
 SMALL = {'plain': 0, 'aligned': 4, 'rewritten': 8}
 FEW = 16  # channels; on a CPU up to so many of them likewise
 ALIGNED = 8  # channels, what tensor cores take at a time; fewer are gathered
@@ -71,7 +72,9 @@ def downsample_conv(x, kernel):
   gathered = form() == 'aligned' and channels < ALIGNED
   if rewrites() or gathered:
     kernel = _pad_kernel_to_even(kernel)
-  if max(x.shape[1:-1]) <= 2 * SMALL[form()] and kernel.shape[0] == 4:
+  filtered = _filter_pays(x, _count(x) // 4, 4 * channels, features)
+  small = max(x.shape[1:-1]) <= 2 * SMALL[form()] and not filtered
+  if small and kernel.shape[0] == 4:
     return project(_taps(nd)[0](x), kernel.reshape(-1, features))
   if not rewrites() and not gathered:
     return _convolve(x, kernel, (2,) * nd, pads)
@@ -118,13 +121,14 @@ def upsample_conv(x, kernel):
   nd = kernel.ndim - 2
   kernel = _pad_kernel_to_even(kernel)
   inputs, features = kernel.shape[-2:]
-  small = max(x.shape[1:-1]) <= SMALL[form()]
+  filtered = _filter_pays(x, _count(x), 4 * features, inputs)
+  small = max(x.shape[1:-1]) <= SMALL[form()] and not filtered
   if small or (rewrites() and features <= FEW):
     kernel = jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1)
     return _taps(nd)[1](project(x, kernel))
   if not rewrites():
     return _double(x, kernel)
-  if _filter_pays(x, 4 * features, inputs):
+  if filtered:
     # The transpose of `downsample_conv`.
     kernel = _split_axes(kernel.swapaxes(-1, -2), nd)
     y = winograd.correlate(
@@ -281,7 +285,8 @@ def correlate(x, kernel, pad=0):
       kernel = kernel.reshape(-1, features)
       return project(_taps(nd, 3, 1)[0](x), kernel)
     padded = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    if len(kernel) in winograd.TILES and _filter_pays(padded, inputs, features):
+    pays = _filter_pays(x, _count(padded), inputs, features)
+    if pays and len(kernel) in winograd.TILES:
       return winograd.correlate(padded, kernel)
   return _convolve(x, kernel, (1,) * nd, [(pad, pad)] * nd)
 
@@ -314,10 +319,10 @@ def _is_large(kernel, x):
   return min(kernel.shape[-2:]) >= max(64, _count(x))
 
 
-def _filter_pays(x, *channels):
+def _filter_pays(x, pixels, *channels):
   """Measured: with fewer pixels or channels the transforms cost more."""
   wide = x.ndim == 4 and x.dtype == jnp.float32 and min(channels) >= 64
-  return wide and _count(x) >= 1000
+  return rewrites() and wide and pixels >= 1000
 
 
 def project(x, kernel):
