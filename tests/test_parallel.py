@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import platform
 import re
 import socket
 import subprocess
@@ -227,30 +226,3 @@ def test_the_profile_fills_the_model_block(name):
     methods.settle({'profile': '5gb'}, stage)
   assert mug.get_config('').profile == '4gb'
   assert mug.get_config('64').profile == ''
-
-
-@pytest.mark.skipif(
-  platform.libc_ver()[0] != 'glibc', reason='only glibc is asked'
-)
-@pytest.mark.parametrize('users_own', (False, True))
-def test_steps_reuse_memory_rather_than_map_it_anew(users_own):
-  # The product's 32 MiB left side is 8192 pages, cleared when first touched. A
-  # step may find the memory of the one before still in use, not all of ten.
-  code = '''
-import resource, jax, jax.numpy as jnp
-from hatjax import parallel
-parallel.start_process()
-step = jax.jit(lambda x: jnp.outer(x, jnp.sin(x)) @ jnp.stack(4 * [x], 1))
-x = jnp.ones(2896)
-faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
-for _ in range(10):
-  step(x).block_until_ready()
-  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(min(b - a for a, b in zip(faults, faults[1:])))
-'''
-  mine = {'MALLOC_MMAP_THRESHOLD_': '131072'} if users_own else {}
-  out = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True,
-    env={**os.environ, **mine},
-  )
-  assert (int(out.stdout) > 4000) == users_own, out.stdout
