@@ -25,7 +25,7 @@ from hatjax.nets import motion_transfer as nets
 DETECTORS = ('resnet', 'hourglass')
 PERCEPTUAL = ('pyramid', 'vgg19')
 TAPS = tuple(f'relu{block}_1' for block in range(1, 6))
-CHUNK = 8  # frames that animate makes at a time
+CHUNK = 16  # frames that animate makes at a time, at most
 FEW_PIXELS = 256**2  # of the frames that a CPU draws at a time, in its caches
 MOVING = ('keypoint_detector', 'dense_motion', 'generator')
 
@@ -469,8 +469,10 @@ class MotionTransfer:
     length = driving.shape[1]
     if length <= CHUNK:
       return self.decode(state, context, driving)
-    last = jnp.repeat(driving[:, -1:], -length % CHUNK, 1)
+    count = -(-length // CHUNK)
+    size = 4 * -(-length // (4 * count))  # which `render` can share evenly
+    last = jnp.repeat(driving[:, -1:], count * size - length, 1)
     driving = jnp.concatenate([driving, last], 1)
-    chunks = rearrange(driving, 'b (n t) ... -> n b t ...', t=CHUNK)
+    chunks = rearrange(driving, 'b (n t) ... -> n b t ...', n=count)
     frames = jax.lax.map(lambda x: self.decode(state, context, x), chunks)
     return rearrange(frames, 'n b t ... -> b (n t) ...')[:, :length]
