@@ -9,8 +9,7 @@ data reads the config's records and runs the training loop on them. With
 it too, and compared. In the JSON:
 
   init_, trace_, compile_seconds   with an empty compilation cache, unless
-                        --cached: a process that has compiled its step may run
-                        it slower than one that loads it
+                        --cached
   first_step_seconds    all of it again with a full cache, and one step
   step_seconds          of each step, waiting for the device after every one
   step_seconds_mean     of as many in a row, as training goes: the device waits
@@ -21,6 +20,8 @@ it too, and compared. In the JSON:
                         count the zeros that they pad
   share_of_peak         flops per second over those of matrix products of the
                         same type on the same devices, in the same process
+  cores_busy            this process's CPU seconds per second of the steps in a
+                        row: how full they make a CPU, what a GPU asks of it
   compiled_peak_bytes   of one device, by the compiled program; on a CPU an
                         estimate: bfloat16 works on float32 copies there
   device_peak_bytes     of one device, the most so far; CPUs do not report it

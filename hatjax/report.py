@@ -15,6 +15,7 @@ STEP_COLUMNS = (
   ('GFLOP', 'flops', 1e9),
   ('GFLOP/s', 'flops_per_second', 1e9),
   ('% peak', 'share_of_peak', 0.01),
+  ('cores', 'cores_busy', 1),
   ('GB moved', 'bytes_accessed', 1e9),
   ('GiB', 'compiled_peak_bytes', 2**30),
   ('GiB real', 'device_peak_bytes', 2**30),

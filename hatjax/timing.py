@@ -63,14 +63,15 @@ def measure(case, steps, warmup, cached=False):
     state, spent = _one_step(runner, state, batch, rng)
     seconds.append(spent)
   seconds = seconds[warmup:]
-  begin, ahead = time.perf_counter(), None
+  begin, used, ahead = time.perf_counter(), time.process_time(), None
   for k in range(steps):  # A batch travels while the step before it runs.
     batch = case.batches[k % len(case.batches)]
     state, metrics = runner.step(state, [batch], rng)
     jax.block_until_ready(ahead)
     ahead = metrics
   jax.block_until_ready((state, metrics))
-  row['step_seconds_mean'] = (time.perf_counter() - begin) / steps
+  spent, used = time.perf_counter() - begin, time.process_time() - used
+  row |= {'step_seconds_mean': spent / steps, 'cores_busy': used / spent}
   stats = [device.memory_stats() or {} for device in runner.devices]
   row |= {
     'step_seconds': seconds, 'step_seconds_median': float(np.median(seconds)),
