@@ -20,8 +20,7 @@ it too, and compared. In the JSON:
                         count the zeros that they pad
   share_of_peak         flops per second over those of matrix products of the
                         same type on the same devices, in the same process
-  cores_busy            this process's CPU seconds per second of the steps in a
-                        row: how full they make a CPU, what a GPU asks of it
+  cores_busy            CPU seconds of this process per second of such a row
   compiled_peak_bytes   of one device, by the compiled program; on a CPU an
                         estimate: bfloat16 works on float32 copies there
   device_peak_bytes     of one device, the most so far; CPUs do not report it
@@ -75,7 +74,7 @@ class Options:
   batch_sizes: tuple[int, ...] = ()
   dtype: str = ''
   devices: int = 0
-  lowering: str = 'auto'
+  lowering: str = ''
   steps: int = 20
   warmup: int = 3
   num_frames: int = 0
@@ -86,7 +85,7 @@ class Options:
   def __post_init__(self):
     settings.check_choices(**{
       '--mode': (self.mode, MODES),
-      '--lowering': (self.lowering, lowerings.LOWERINGS),
+      '--lowering': (self.lowering or 'auto', lowerings.LOWERINGS),
     })
     for name, low in dict(steps=1, warmup=0, devices=0, num_frames=0).items():
       if getattr(self, name) < low:
@@ -377,10 +376,11 @@ def _measure_variant(config, name, options, report, show):
 def _measure_stage(config, stages, make_runner, options, show):
   """Rows of a stage, until a batch size is too large for the device."""
   measure = _measure_input if options.mode == 'data' else _measure_steps
+  how = options.lowering or config.get('lowering') or 'auto'
   for stage in stages:
     size = stage['data']['batch_size']
     try:
-      with lowerings.lowering(options.lowering):
+      with lowerings.lowering(how):
         for row in measure(config, stage, make_runner, options):
           yield {'batch_size': size, **row}
     except jax.errors.JaxRuntimeError as error:
@@ -428,7 +428,8 @@ def _define():
   string(
     'lowering', d.lowering,
     'How convolutions are compiled: plain, aligned (what tensor cores like), '
-    'rewritten (what CPUs like), or auto (by the platform).',
+    'rewritten (what CPUs like), or auto (by the platform); default: the '
+    "config's.",
   )
   integer('steps', d.steps, 'Timed steps (or videos, or batches).')
   integer('warmup', d.warmup, 'Steps before them, besides the first.')

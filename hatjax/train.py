@@ -123,6 +123,8 @@ def train(config, folder, data_dir=None, keep=False):
   # Everything that can be wrong in the settings is found here, before the
   # workdir is made and a device is touched.
   parts, info = [], None
+  lowering = config.get('lowering') or 'auto'
+  settings.check_choices(config__lowering=(lowering, lowerings.LOWERINGS))
   for name in config['stages']:
     block = methods.settle(config, config[name])
     config = {**config, name: block}
@@ -159,7 +161,9 @@ def train(config, folder, data_dir=None, keep=False):
   root = jax.random.key(config['seed'])
   keep = keep and bool(jax.config.jax_compilation_cache_dir)
   states = {}
-  with workdir.open_workdir(folder, config) as folder:
+  with (
+    lowerings.lowering(lowering), workdir.open_workdir(folder, config) as folder
+  ):
     for name, block, batches, method, begin, frozen in parts:
       run = workdir.Run(folder / name, block['train'].get('keep', 3))
       try:
@@ -223,12 +227,14 @@ def _absolute(config):
   """A run must find the runs it builds on from any folder."""
   full = lambda folder: folder and os.path.abspath(os.path.expanduser(folder))
   config = copy.deepcopy(config)
+  if not config.get('lowering'):  # '' says nothing: older runs go on
+    config.pop('lowering', None)
   init_from = config.get('init_from', {})
   for source in init_from:
     init_from[source] = full(init_from[source])
   for name in config['stages']:
     block = config[name]['train']
-    folder = block.pop('start_from', '')  # '' says nothing: older runs go on
+    folder = block.pop('start_from', '')
     if folder:
       block['start_from'] = full(folder)
   return config

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hatjax import generate, runs, state, train, video, workdir
+from hatjax.nets import lowerings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -152,6 +153,33 @@ def test_another_config_is_refused_by_name(toy_records, run_folder):
     config = tiny_config(model__lambda_l1=7.0)
     train.train(config, run_folder, toy_records, keep=True)
   assert parameters(run_folder)  # and the run is intact
+
+
+def test_a_run_chooses_how_convolutions_are_lowered(
+  toy_records, tmp_path, monkeypatch
+):
+  class Stopped(Exception):
+    pass
+
+  def stop(stage, root):
+    raise Stopped(lowerings.form())
+
+  monkeypatch.setattr(train, '_train_stage', stop)
+  start = lambda folder, lowering: train.train(
+    {**tiny_config(), 'lowering': lowering}, tmp_path / folder, toy_records
+  )
+  for lowering, form in ('', 'rewritten'), ('plain', 'plain'):
+    with pytest.raises(Stopped, match=form):
+      start(f'run{lowering}', lowering)
+  with pytest.raises(ValueError, match="lowering: 'absent' -> 'aligned'"):
+    start('run', 'aligned')
+  older = tiny_config()
+  del older['lowering']
+  with pytest.raises(Stopped, match='rewritten'):
+    train.train(older, tmp_path / 'run', toy_records)
+  with pytest.raises(ValueError, match="^config.lowering is 'foo'"):
+    start('other', 'foo')
+  assert lowerings.form() == 'rewritten' and not (tmp_path / 'other').exists()
 
 
 def test_second_process_on_a_workdir_is_refused(tmp_path):
