@@ -14,10 +14,13 @@ from hatjax import cache, guard, heap, programs
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
-# What 'auto' means. On CPU: matrix products through YNNPACK, each by itself.
-# What it fuses with a product it also writes out, such as broadcasts.
+# What 'auto' means. On CPU: matrix products through YNNPACK, each by itself
+# (what it fuses with a product it also writes out, such as broadcasts); and
+# parameters and moments updated in place where the order of work allows it:
+# else a step copies them first.
 COMPILER_OPTIONS = {'cpu': {
   'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT',
+  'xla_cpu_copy_insertion_use_region_analysis': True,
 }}
 # No atomics, and no kernel chosen by the stop watch. Others need nothing.
 DETERMINISTIC_OPTIONS = {'gpu': {'xla_gpu_deterministic_ops': True}}

@@ -166,6 +166,29 @@ def test_options_reach_the_compiler(mode):
     runner.step(runner.place(state), [batch], jax.random.key(0))
 
 
+def in_place_equals_copied(stage):
+  """Three steps, with and without state that is updated where it lies."""
+  auto, results = parallel.COMPILER_OPTIONS['cpu'], []
+  copied = {k: v for k, v in auto.items() if 'copy_insertion' not in k}
+  assert copied != auto
+  for words in auto, copied:
+    options = parallel.compiler_options({'compiler_options': words})
+    method, state, batch = test_methods.still(stage, 2)
+    runner = parallel.Runner(
+      method, test_methods.identity, devices=jax.devices()[:1], options=options
+    )
+    state = runner.place(state)
+    for _ in range(3):
+      state, metrics = runner.step(state, [batch], jax.random.key(1))
+    results.append(jax.tree.leaves(jax.device_get((state, metrics))))
+  for a, b in zip(*results, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_state_updated_in_place_equals_copied_state():
+  in_place_equals_copied(STAGES[0])
+
+
 @pytest.mark.parametrize('lowering', ('aligned', 'rewritten'))
 @pytest.mark.parametrize('stage', STAGES, ids=lambda s: s['method'])
 def test_a_deterministic_step_scatters_nothing(stage, lowering, monkeypatch):
