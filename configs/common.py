@@ -58,8 +58,8 @@ def parse(arg, default_size, data, default_stages=('hat_cgan',)):
   config.profile = next((w for w in words if w in PROFILES), '')
   config.deterministic = False    # two runs on one GPU equal bit for bit
   config.compiler_options = 'auto'  # or none, or 'auto,name=value,...'
-  # Of convolutions: plain, aligned or rewritten; '': by the platform. See
-  # `python -m hatjax.benchmark --lowering`.
+  # Of convolutions, in training: plain, aligned or rewritten; '': by the
+  # platform. See `python -m hatjax.benchmark --lowering`.
   config.lowering = ''
   config.stages = stages
   if stages[0] == 'video_diffusion':

@@ -8,8 +8,7 @@ data reads the config's records and runs the training loop on them. With
 --config.profile=4gb or --config.deterministic everything is measured without
 it too, and compared. In the JSON:
 
-  init_, trace_, compile_seconds   with an empty compilation cache, unless
-                        --cached
+  init_, trace_, compile_seconds   with an empty cache, unless --cached
   first_step_seconds    all of it again with a full cache, and one step
   step_seconds          of each step, waiting for the device after every one
   step_seconds_mean     of as many in a row, as training goes: the device waits
@@ -20,7 +19,8 @@ it too, and compared. In the JSON:
                         count the zeros that they pad
   share_of_peak         flops per second over those of matrix products of the
                         same type on the same devices, in the same process
-  cores_busy            CPU seconds of this process per second of such a row
+  cores_busy            CPU seconds of this process (threads that spin as they
+                        wait, too) per second of the steps in a row
   compiled_peak_bytes   of one device, by the compiled program; on a CPU an
                         estimate: bfloat16 works on float32 copies there
   device_peak_bytes     of one device, the most so far; CPUs do not report it
@@ -170,7 +170,6 @@ def _make_case(stage, make_runner, options):
 
 def _measure_steps(config, stage, make_runner, options):
   """The row of a batch size in the modes train and generate."""
-  del config
   case, frames = _make_case(stage, make_runner, options)
   row, runner, state = timing.measure(
     case, options.steps, options.warmup, options.cached
@@ -309,6 +308,8 @@ def benchmark(config, options, show=lambda line: None):
   Raises:
     ValueError: a setting is wrong.
   """
+  form = config.get('lowering') or 'auto'
+  settings.check_choices(config__lowering=(form, lowerings.LOWERINGS))
   devices = _devices(options.devices)
   report = {
     'options': dataclasses.asdict(options), 'config': config,
@@ -376,13 +377,12 @@ def _measure_variant(config, name, options, report, show):
 def _measure_stage(config, stages, make_runner, options, show):
   """Rows of a stage, until a batch size is too large for the device."""
   measure = _measure_input if options.mode == 'data' else _measure_steps
-  how = options.lowering or config.get('lowering') or 'auto'
   for stage in stages:
     size = stage['data']['batch_size']
     try:
-      with lowerings.lowering(how):
+      with lowerings.lowering(options.lowering or config.get('lowering')):
         for row in measure(config, stage, make_runner, options):
-          yield {'batch_size': size, **row}
+          yield {'batch_size': size, 'lowering': lowerings.form(), **row}
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise

@@ -2,7 +2,7 @@
 
 Two habits of it cost up to a quarter of a step, and these functions ask for
 others. They do nothing where another libc is, or where the user has settings of
-malloc's own (MALLOC_...).
+malloc's own (MALLOC_...) or loads something first, which may be another malloc.
 """
 
 import ctypes
@@ -30,6 +30,7 @@ class _Info(ctypes.Structure):
 def _libc():
   """None where the heap is not ours to change."""
   mine = any(name.startswith('MALLOC_') for name in os.environ)
+  mine |= bool(os.environ.get('LD_PRELOAD'))
   if mine or platform.libc_ver()[0] != 'glibc':
     return None
   libc = ctypes.CDLL(None)
@@ -61,23 +62,25 @@ def fill_holes():
   if libc is None or not hasattr(libc, 'mallinfo2'):
     return
   libc.mallinfo2.restype = _Info
-  end = libc.sbrk(0) - libc.mallinfo2().keepcost
+  info = libc.mallinfo2()
+  end, left = libc.sbrk(0) - info.keepcost, info.fordblks - info.keepcost
 
   def take(size):
     """What is free between others, in blocks of that size."""
+    nonlocal left  # Other threads free more meanwhile, which is not for us.
     taken = []
-    while block := libc.malloc(size):
-      taken.append(block)
+    while left >= size and (block := libc.malloc(size)):
       if block >= end:
+        libc.free(block)
         break
-    if taken:
-      libc.free(taken.pop())
+      taken.append(block)
+      left -= size
     return taken
 
   large, size = [], _LARGEST
   while size > _LARGE:
     large += take(size)
-    size //= 2
+    size -= size // 16
   libc.malloc_trim(0)
   while size > _SMALL:
     take(size)

@@ -227,8 +227,8 @@ def _absolute(config):
   """A run must find the runs it builds on from any folder."""
   full = lambda folder: folder and os.path.abspath(os.path.expanduser(folder))
   config = copy.deepcopy(config)
-  if not config.get('lowering'):  # '' says nothing: older runs go on
-    config.pop('lowering', None)
+  if config.get('lowering') in ('', 'auto'):  # as of older runs, which go on
+    del config['lowering']
   init_from = config.get('init_from', {})
   for source in init_from:
     init_from[source] = full(init_from[source])

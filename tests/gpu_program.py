@@ -127,7 +127,7 @@ def main():
       if getattr(method, 'needs_draft', False):
         example['draft'] = example['video']
       runner = parallel.Runner(method, benchmark._prepare, devices=devices)
-      with lowerings.lowering(options.lowering):
+      with lowerings.lowering(options.lowering or config['lowering']):
         lowered = runner.lower(
           runner.abstract_state(example), benchmark._random_batch(example, 0),
           jax.eval_shape(lambda: jax.random.key(0)),

@@ -320,6 +320,8 @@ def test_the_lowering_switch_changes_the_program(monkeypatch):
   monkeypatch.setattr(timing, 'measure', measure)
   for lowering in ('plain', 'rewritten'):
     run(config, lowering=lowering, mode='generate', devices=2)
+  run({**config, 'lowering': 'plain'}, mode='generate', devices=2)
+  assert programs.pop() == programs[0]
   count = lambda text: len(
     re.findall(r'(?:stride|lhs_dilate|rhs_dilate) = \[2, 2\]', text)
   )

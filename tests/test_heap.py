@@ -59,7 +59,7 @@ for block in [large, *blocks[::2]]:
 before = libc.mallinfo2()
 heap.fill_holes()
 after = libc.mallinfo2()
-again, piece = libc.malloc(39 << 20), libc.malloc(30_000)
+again, piece = libc.malloc(38 << 20), libc.malloc(30_000)
 print(before.ordblks, after.ordblks)
 print(piece in blocks[::2], again == large)
 '''

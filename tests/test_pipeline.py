@@ -175,8 +175,9 @@ def test_a_run_chooses_how_convolutions_are_lowered(
     start('run', 'aligned')
   older = tiny_config()
   del older['lowering']
-  with pytest.raises(Stopped, match='rewritten'):
-    train.train(older, tmp_path / 'run', toy_records)
+  for config in older, {**older, 'lowering': 'auto'}:
+    with pytest.raises(Stopped, match='rewritten'):
+      train.train(config, tmp_path / 'run', toy_records)
   with pytest.raises(ValueError, match="^config.lowering is 'foo'"):
     start('other', 'foo')
   assert lowerings.form() == 'rewritten' and not (tmp_path / 'other').exists()

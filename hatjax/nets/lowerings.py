@@ -18,8 +18,9 @@ def lowering(name):
       the smallest pictures are matrix products, as tensor cores like it),
       'rewritten' (exact forms by stride-1 convolutions, matrix
       products and vectors of heads), or 'auto': rewritten on CPU, where XLA's
-      strided convolutions are 6x slower, aligned elsewhere.
+      strided convolutions are 6x slower, aligned elsewhere; '' is 'auto'.
   """
+  name = name or 'auto'
   if name not in LOWERINGS:
     raise ValueError(f'Unknown lowering {name!r}. Choose one of: {LOWERINGS}.')
   before, _lowering[0] = _lowering[0], name
