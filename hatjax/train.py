@@ -234,7 +234,7 @@ def _absolute(config):
     init_from[source] = full(init_from[source])
   for name in config['stages']:
     block = config[name]['train']
-    folder = block.pop('start_from', '')
+    folder = block.pop('start_from', '')  # '' says nothing, either
     if folder:
       block['start_from'] = full(folder)
   return config

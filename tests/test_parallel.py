@@ -166,8 +166,9 @@ def test_options_reach_the_compiler(mode):
     runner.step(runner.place(state), [batch], jax.random.key(0))
 
 
-def in_place_equals_copied(stage):
-  """Three steps, with and without state that is updated where it lies."""
+@pytest.mark.parametrize('name', ('hat_cgan', 'video_diffusion'))
+def test_state_updated_in_place_equals_copied_state(name):
+  (stage,) = (stage for stage in STAGES if stage['method'] == name)
   auto, results = parallel.COMPILER_OPTIONS['cpu'], []
   copied = {k: v for k, v in auto.items() if 'copy_insertion' not in k}
   assert copied != auto == parallel.compiler_options({})  # It is known here.
@@ -183,12 +184,6 @@ def in_place_equals_copied(stage):
     results.append(jax.tree.leaves(jax.device_get((state, metrics))))
   for a, b in zip(*results, strict=True):
     np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize('name', ('hat_cgan', 'video_diffusion'))
-def test_state_updated_in_place_equals_copied_state(name):
-  (stage,) = (stage for stage in STAGES if stage['method'] == name)
-  in_place_equals_copied(stage)
 
 
 @pytest.mark.parametrize('lowering', ('aligned', 'rewritten'))
