@@ -10,6 +10,7 @@ and nothing of hatjax. Not a test: pytest passes it by.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -186,6 +187,23 @@ class Generator(nn.Module):
     return self.draw(x)
 
 
+def make(image_size, device):
+  """(what draws the next of four random frames, the nets)."""
+  scale = image_size // 64
+  keypoints, generator = Keypoints(scale), Generator(scale)
+  nets = nn.ModuleList([keypoints, generator]).to(device).eval()
+  image, *clip = torch.rand(5, 1, 3, image_size, image_size, device=device)
+  clip = itertools.cycle(clip)
+  with torch.no_grad():
+    source = keypoints(image)
+
+  @torch.no_grad()
+  def draw():
+    return generator(image, source, keypoints(next(clip))).cpu()
+
+  return draw, nets
+
+
 def main():
   """The command."""
   parser = argparse.ArgumentParser(
@@ -201,19 +219,9 @@ def main():
   if args.threads:
     torch.set_num_threads(args.threads)
   before = torch_reference.matrix_rate(args.device)
-  scale = args.image_size // 64
-  keypoints, generator = Keypoints(scale), Generator(scale)
-  nets = nn.ModuleList([keypoints, generator]).to(args.device).eval()
-  size = (1, 3, args.image_size, args.image_size)
-  image, *clip = torch.rand(5, *size, device=args.device)
-  counter = iter(range(args.warmup + args.frames))
-  with torch.no_grad():
-    source = keypoints(image)
-    frame = lambda: generator(
-      image, source, keypoints(clip[next(counter) % len(clip)])
-    ).cpu()
-    torch_reference.seconds(frame, args.warmup, args.device)
-    times = torch_reference.seconds(frame, args.frames, args.device)
+  draw, nets = make(args.image_size, args.device)
+  torch_reference.seconds(draw, args.warmup, args.device)
+  times = torch_reference.seconds(draw, args.frames, args.device)
   after = torch_reference.matrix_rate(args.device)
   print(json.dumps({
     'torch': torch.__version__, 'threads': torch.get_num_threads(),

@@ -233,12 +233,12 @@ def seconds(function, count, device):
   return times
 
 
-def matrix_rate(device):
+def matrix_rate(device, tries=5):
   """GFLOP/s of a float32 product: the best of several sizes."""
   best = 0.0
   for n in (1024, 2048, 4096) if device == 'cpu' else (4096, 8192):
     x, w = torch.randn(2, n, n, device=device)
-    best = max(best, 2e-9 * n**3 / min(seconds(lambda: x @ w, 5, device)))  # noqa: B023
+    best = max(best, 2e-9 * n**3 / min(seconds(lambda: x @ w, tries, device)))  # noqa: B023
   return best
 
 
