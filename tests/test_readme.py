@@ -36,7 +36,8 @@ SKIPPED = {
   r'prepare (ck_plus|mug|voxceleb)': 'raw data under licence; the builders run '
   'on trees in their layout in test_datasets, test_mug and test_voxceleb',
   r'convert fomm': 'a released file; test_foreign reads one in its layout',
-  r'tests/torch_': 'PyTorch; test_benchmark compares it where it is there',
+  r'^(\.venv/bin/)?python tests/': 'PyTorch, or a plug-in for GPUs; '
+  'test_benchmark compares PyTorch where it is there',
   r'convert weights': 'downloads; test_weights does it from a local server',
 }
 SETTINGS = {  # of every stage, where it has them
