@@ -5,6 +5,7 @@ within, and adds to what it reads. Where two orders of the same products are
 equal, the quicker one is taken; tests hold them equal.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -141,17 +142,37 @@ def attend_linearly_to_many(x, q, k, v, out):
   queries is one small matrix. Less work where tokens are more than channels,
   and products without heads: twice as fast on a CPU. As `Heads.attend`.
   """
-  *heads, channels = out.shape
+  heads, size, channels = out.shape
+  axis, order = -1, 'hd'
+  if lowerings.rewrites():  # heads last, as in `attend_over_time`
+    axis, order, q = -2, 'dh', q.swapaxes(-1, -2)
   project = lambda w: layers.project(x, w.reshape(channels, -1))
-  split = lambda y: y.reshape(*y.shape[:-1], *heads)
-  q = split(project(q))
-  q = _softmax(q, x.dtype).reshape(*x.shape[:-1], -1) * heads[1] ** -0.5
-  k = _softmax(project(k), x.dtype, -2)
-  context = jnp.einsum('...nk,...nc->...kc', k, x)
-  context = context.reshape(*context.shape[:-2], *heads, channels)
+  q = project(q).reshape(*x.shape[:-1], *q.shape[1:])
+  q = _softmax(q, x.dtype, axis).reshape(*x.shape[:-1], -1)
+  context = _outer(_softmax(project(k), x.dtype, -2), x)
+  context = context.reshape(*context.shape[:-2], heads, size, channels)
   context = jnp.einsum('...hdc,che->...hde', context, v)
-  context = jnp.einsum('...hde,hec->...hdc', context, out)
+  out = out * size**-0.5
+  context = jnp.einsum(f'...hde,hec->...{order}c', context, out)
   return q @ context.reshape(*context.shape[:-3], -1, channels)
+
+
+@jax.custom_vjp
+def _outer(k, x):
+  """k^T x of [..., n, K] and [..., n, C]. Its gradients are products as they
+  are written here; autodiff's come out transposed."""
+  return jnp.einsum('...nk,...nc->...kc', k, x)
+
+
+def _outer_backward(saved, g):
+  k, x = saved
+  return (
+    jnp.einsum('...nc,...kc->...nk', x, g),
+    jnp.einsum('...nk,...kc->...nc', k, g),
+  )
+
+
+_outer.defvjp(lambda k, x: (_outer(k, x), (k, x)), _outer_backward)
 
 
 def attend_fully(q, k, v, bias=0.0, barred=None):
@@ -221,47 +242,100 @@ def _lanes_last(w):
 
 def _rows_first(x, q, k, v, out, bias, barred):
   """Arrays [*, rows, T, head_dim, heads]: the quicker one with its gradient."""
-  (heads, size, channels), frames = out.shape, np.arange(x.shape[-2])
-  project = lambda w: layers.project(x, _lanes_last(w)).reshape(
-    *x.shape[:-1], size, heads
-  )
-  q = rotate(project(q), frames, axis=-2) * size**-0.5
-  k, v = rotate(project(k), frames, axis=-2), project(v)
-  k, v = k[..., None, :, :, :], v[..., None, :, :, :]
-  # [*, rows, T, T, heads]
-  scores = (q[..., None, :, :] * k).sum(-2) + bias.transpose(1, 2, 0)
+  q, k, v = (w.swapaxes(-1, -2) for w in (q * q.shape[-1] ** -0.5, k, v))
+  q, k = (_rotate_lanes(_tensordot(x, w, 1)) for w in (q, k))
+  y = _mix(q, k, _tensordot(x, v, 1), bias.transpose(1, 2, 0), barred)
+  return _tensordot(y, out.swapaxes(0, 1), 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tensordot(x, w, axes):
+  """`jnp.tensordot`, in whose gradient two products see x, and g, in different
+  shapes. What only one product takes XLA:CPU computes in its shape: where the
+  heads are not the last axis that is four times slower, without vectors."""
+  columns = w.reshape(math.prod(w.shape[:axes]), -1)
+  y = x.reshape(-1, len(columns)) @ columns
+  return y.reshape(*x.shape[: x.ndim - axes], *w.shape[axes:])
+
+
+def _tensordot_backward(axes, saved, g):
+  x, w = saved
+  columns = w.reshape(math.prod(w.shape[:axes]), -1)
+  g = g.reshape(-1, columns.shape[1])
+  change = (g @ columns.T).reshape(x.shape)
+  halves = math.gcd(len(g), 2)
+  x, g = (y.reshape(halves, -1, n) for y, n in zip((x, g), columns.shape))
+  return change, jnp.einsum('hnk,hnm->hkm', x, g).sum(0).reshape(w.shape)
+
+
+_tensordot.defvjp(lambda x, w, axes: (_tensordot(x, w, axes), (x, w)),
+                  _tensordot_backward)
+
+
+@jax.custom_vjp
+def _mix(q, k, v, bias, barred):
+  """softmax(q k^T + bias) v; arrays [*, T, head_dim, heads], bias
+  [T, T, heads]."""
+  return _mix_forward(q, k, v, bias, barred)[0]
+
+
+def _mix_forward(q, k, v, bias, barred):
+  # [*, T, T, heads]
+  scores = (_queries(q) * _keys(k)).sum(-2) + bias
   if barred is not None:
     scores = jnp.where(barred[..., None], -jnp.inf, scores)
-  weights = _softmax(scores, x.dtype, -2)[..., None, :]
-  y = (weights * v).sum(-3).reshape(-1, size * heads)
-  return (y @ out.swapaxes(0, 1).reshape(-1, channels)).reshape(x.shape)
+  weights = jax.nn.softmax(scores, -2)
+  y = (weights[..., None, :] * _keys(v)).sum(-3)
+  return y, (q, k, v, weights, y)
+
+
+def _mix_backward(saved, g):
+  q, k, v, weights, y = saved
+  change = (_queries(g) * _keys(v)).sum(-2) - (g * y).sum(-2)[..., None, :]
+  change = (weights * change)[..., None, :]
+  return (
+    (change * _keys(k)).sum(-3), (change * _queries(q)).sum(-4),
+    (weights[..., None, :] * _queries(g)).sum(-4),
+    change[..., 0, :].sum(range(weights.ndim - 3)), None,
+  )
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _queries(x):
+  return x[..., None, :, :]
+
+
+def _keys(x):
+  return x[..., None, :, :, :]
 
 
 def _frames_first(x, q, k, v, out, bias, barred):
   """Arrays [T, N, head_dim, heads], N all rows; each frame has kernels of its
   own, which turn it to its position."""
   (heads, size, channels), shape = out.shape, x.shape
-  frames = np.arange(shape[-2])
-  x = jnp.moveaxis(x, -2, 0).reshape(len(frames), -1, channels)
+  frames = shape[-2]
+  x = jnp.moveaxis(x, -2, 0).reshape(frames, -1, channels)
   split = lambda y: y.reshape(*y.shape[:2], size, heads)
 
   def turned(w):
     w = _lanes_last(w).reshape(channels, 1, size, heads)
-    w = rotate(jnp.repeat(w, len(frames), 1), frames, axis=-2)
-    return w.swapaxes(0, 1).reshape(len(frames), channels, -1)
+    w = _rotate_lanes(jnp.repeat(w, frames, 1))
+    return w.swapaxes(0, 1).reshape(frames, channels, -1)
 
   q, k = split(x @ turned(q * size**-0.5)), split(x @ turned(k))
   v = split(layers.project(x, _lanes_last(v)))
   # [T, T, N, heads]
   scores = (q[:, None] * k).sum(-2) + bias.transpose(1, 2, 0)[:, :, None]
   if barred is not None:
-    barred = jnp.broadcast_to(barred, (*shape[:-1], len(frames)))
+    barred = jnp.broadcast_to(barred, (*shape[:-1], frames))
     barred = jnp.moveaxis(barred, (-2, -1), (0, 1))
     scores = jnp.where(barred.reshape(*scores.shape[:3], 1), -jnp.inf, scores)
   weights = _softmax(scores, x.dtype, 1)[..., None, :]
   y = (weights * v).sum(1).reshape(-1, size * heads)
   y = y @ out.swapaxes(0, 1).reshape(-1, channels)
-  return jnp.moveaxis(y.reshape(len(frames), *shape[:-2], channels), 0, -2)
+  return jnp.moveaxis(y.reshape(frames, *shape[:-2], channels), 0, -2)
 
 
 class SpatialAttention(nn.Module):
@@ -285,7 +359,7 @@ class SpatialAttention(nn.Module):
     return x + y.reshape(x.shape)
 
 
-def rotate(x, positions, axis=-1, theta=10_000.0):
+def rotate(x, positions, theta=10_000.0):
   """Rotary position embedding: turns pairs (i, i + D/2) of the features.
 
   Pair i turns by position * theta^(-2 i / D), so that products of two turned
@@ -293,19 +367,32 @@ def rotate(x, positions, axis=-1, theta=10_000.0):
   pairs neighbours: the same up to the order of the kernel's columns.
 
   Args:
-    x: [..., T, D], or [..., T, D, any] where `axis` is -2.
+    x: [..., T, D].
     positions: [T].
-    axis: of the features, -1 or -2.
     theta: slowest wavelength over 2 pi.
   """
-  rates = theta ** (-np.arange(0, x.shape[axis], 2) / x.shape[axis])
-  angles = jnp.asarray(positions, jnp.float32)[:, None] * rates
-  angles = angles.reshape(*angles.shape, *(1,) * (-1 - axis))
-  cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-  first, second = jnp.split(x, 2, axis)
+  cos, sin = _turns(positions, x.shape[-1], theta, x.dtype)
+  first, second = jnp.split(x, 2, -1)
   return jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis
+    [first * cos - second * sin, second * cos + first * sin], -1
   )
+
+
+def _rotate_lanes(x):
+  """`rotate` of [..., T, D, heads], positions 0, 1, ... A sum, since XLA:CPU
+  computes a concatenation by branches."""
+  frames, size, heads = x.shape[-3:]
+  cos, sin = _turns(np.arange(frames), size, dtype=x.dtype)
+  turn = jnp.stack([cos, -sin, sin, cos], 1).repeat(heads, -1)
+  pairs = x.reshape(-1, frames, 1, 2, size // 2 * heads)
+  return (turn.reshape(frames, 2, 2, -1) * pairs).sum(-2).reshape(x.shape)
+
+
+def _turns(positions, size, theta=10_000.0, dtype=jnp.float32):
+  """Cosines and sines of every pair's turn, [T, size / 2] each."""
+  rates = theta ** (-np.arange(0, size, 2) / size)
+  angles = jnp.asarray(positions, jnp.float32)[:, None] * rates
+  return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
 def bucket_distances(num_frames):

@@ -23,8 +23,10 @@ CONVS = ('space', 'space_time')
 GROUPS = 8
 
 
-def _dense(features, dtype, bias=True, init=attention.kernel_init):
-  return nn.Dense(features, bias, dtype, kernel_init=init)
+def _dense(features, dtype, name=None):
+  return nn.Dense(
+    features, dtype=dtype, kernel_init=attention.kernel_init, name=name
+  )
 
 
 def embed_time(t, features):
@@ -94,6 +96,26 @@ class Norm(nn.Module):
     return (wide * jax.lax.rsqrt(square + 1e-12) * gain + shift).astype(x.dtype)
 
 
+class Words(nn.Module):
+  """Two halves of a linear layer, float32: [B, D] -> two of [B, C].
+
+  Split before the bias is added: XLA:CPU computes what sees a slice of a sum
+  without vectors.
+  """
+
+  features: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, cond):
+    shape = (cond.shape[-1], 2 * self.features)
+    kernel = self.param('kernel', attention.kernel_init, shape)
+    bias = self.param('bias', nn.initializers.zeros, shape[1:])
+    product = cond.astype(self.dtype) @ kernel.astype(self.dtype)
+    halves = zip(jnp.split(product, 2, -1), jnp.split(bias, 2))
+    return [(a + b.astype(a.dtype)).astype(jnp.float32) for a, b in halves]
+
+
 class ResBlock(nn.Module):
   """Two of (conv, norm, SiLU); `cond` [B, D] scales and shifts in the first."""
 
@@ -110,13 +132,14 @@ class ResBlock(nn.Module):
       h = Conv(self.features, over_time=over_time, dtype=self.dtype)(h, isolate)
       words = None
       if first and cond is not None:
-        change = _dense(2 * self.features, self.dtype)(jax.nn.silu(cond))
-        scale, shift = jnp.split(change.astype(jnp.float32), 2, -1)
+        words = Words(self.features, self.dtype, name='Dense_0')
+        scale, shift = words(jax.nn.silu(cond))
         words = scale + 1, shift
       h = jax.nn.silu(Norm(self.norm)(h, isolate, words))
     if x.shape[-1] != self.features:
       flat = x.reshape(-1, x.shape[-1])  # As `layers.project`.
-      x = _dense(self.features, self.dtype)(flat).reshape(h.shape)
+      name = 'Dense_0' if cond is None else 'Dense_1'
+      x = _dense(self.features, self.dtype, name)(flat).reshape(h.shape)
     return h + x
 
 
