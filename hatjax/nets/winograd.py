@@ -87,15 +87,21 @@ def _tiling(weights, step, sides, tiles):
     return jnp.stack([_weigh(row, parts) for row in weights])
 
   def gather(y, axis):
-    parts = [_weigh(column, jnp.unstack(y)) for column in weights.T]
-    x = jnp.stack(parts[:step], axis + 1)
+    x = total(weights[:, :step], y, axis)
     if w > step:  # A tile's last pixels are the first of the next.
-      last = parts[step:] + [jnp.zeros_like(parts[0])] * (2 * step - w)
+      last = np.pad(weights[:, step:], ((0, 0), (0, 2 * step - w)))
       pad = lambda a, *edges: jnp.pad(
         a, [edges if k == axis else (0, 0) for k in range(a.ndim)]
       )
-      x = pad(x, 0, 1) + pad(jnp.stack(last, axis + 1), 1, 0)
+      x = pad(x, 0, 1) + pad(total(last, y, axis), 1, 0)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+  def total(weights, y, axis):
+    """A sum: what is stacked XLA:CPU computes by branches in what reads it."""
+    shape = [1] * (y.ndim + 1)
+    shape[0], shape[axis + 2] = weights.shape
+    y = jnp.expand_dims(y, axis + 2)
+    return (y * weights.reshape(shape).astype(y.dtype)).sum(0)
 
   def forward(x):
     x = jnp.pad(x, [(0, 0), *((0, k) for k in more), (0, 0)])
