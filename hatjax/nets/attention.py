@@ -380,7 +380,8 @@ def rotate(x, positions, theta=10_000.0):
 
 def _rotate_lanes(x):
   """`rotate` of [..., T, D, heads], positions 0, 1, ... A sum, since XLA:CPU
-  computes a concatenation by branches."""
+  computes a concatenation by branches; of few axes: with seven it crashes
+  where a product is fused with it."""
   frames, size, heads = x.shape[-3:]
   cos, sin = _turns(np.arange(frames), size, dtype=x.dtype)
   turn = jnp.stack([cos, -sin, sin, cos], 1).repeat(heads, -1)
