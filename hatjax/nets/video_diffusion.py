@@ -132,8 +132,9 @@ class ResBlock(nn.Module):
       h = Conv(self.features, over_time=over_time, dtype=self.dtype)(h, isolate)
       words = None
       if first and cond is not None:
-        words = Words(self.features, self.dtype, name='Dense_0')
-        scale, shift = words(jax.nn.silu(cond))
+        # Named as in checkpoints there are.
+        change = Words(self.features, self.dtype, name='Dense_0')
+        scale, shift = change(jax.nn.silu(cond))
         words = scale + 1, shift
       h = jax.nn.silu(Norm(self.norm)(h, isolate, words))
     if x.shape[-1] != self.features:
