@@ -229,8 +229,7 @@ def _measure_input(config, stage, make_runner, options):
   fits = data.make_batches(**block).resident
   for resident, kind in (('no', 'streamed'), ('yes', 'resident'))[: 1 + fits]:
     batches = data.make_batches(**{**block, 'resident': resident})
-    row = _time_input(stage, batches, make_runner, options)
-    yield {'input': kind, **row}
+    yield {'input': kind, **_time_input(stage, batches, make_runner, options)}
 
 
 def _time_input(stage, batches, make_runner, options):
@@ -342,16 +341,17 @@ def benchmark(config, options, show=lambda line: None):
 def _measure_variant(config, name, options, report, show):
   """Shows and yields the rows of one stage of a config."""
   devices = _devices(options.devices)
+  stages = _stages(config, name, options, len(devices))
+  method = _make_method(stages[0])
+  maker = method if options.mode == 'generate' else None
   make_runner = functools.partial(
     parallel.Runner, mode=config['parallel'], devices=devices,
-    options=parallel.compiler_options(config, show),
+    options=parallel.compiler_options(config, show, maker),
   )
-  stages = _stages(config, name, options, len(devices))
   for stage in stages:
-    make_runner(_make_method(stage), _prepare).check_batch_size(
-      stage['data']['batch_size']
-    )
-  dtype = getattr(_make_method(stages[0]), 'dtype', 'float32')
+    runner = make_runner(_make_method(stage), _prepare)
+    runner.check_batch_size(stage['data']['batch_size'])
+  dtype = getattr(method, 'dtype', 'float32')
   peaks = report['peaks']
   if options.mode != 'data' and dtype not in peaks:
     peaks[dtype] = timing.measure_peak(dtype, devices)

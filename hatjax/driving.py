@@ -178,7 +178,8 @@ def _programs(method):
   """Encode a face, find keypoints, render: compiled once for a method."""
   from hatjax import parallel
 
-  to_float, jit = video.to_float, parallel.jit
+  to_float = video.to_float
+  jit = functools.partial(parallel.jit, method=method)
   return (
     jit(lambda state, image: method.encode(
       state, {'image': to_float(image)}

@@ -76,7 +76,15 @@ def join_processes():
     jax.distributed.initialize()
 
 
-def compiler_options(config, show=print):
+def suited(method=None):
+  """What 'auto' means on this platform; a method may know better for the
+  programs that make its videos."""
+  backend = jax.default_backend()
+  own = getattr(method, 'compiler_options', {}).get(backend, {})
+  return COMPILER_OPTIONS.get(backend, {}) | own
+
+
+def compiler_options(config, show=print, method=None):
   """What XLA is told when it compiles the programs of a run.
 
   Args:
@@ -87,6 +95,7 @@ def compiler_options(config, show=print):
       name of one that saves memory.
     show: takes a line on the result, one per option that XLA does not know
       (which is left out), and one where `deterministic` changes nothing.
+    method: whose videos the programs make, if they do.
 
   Returns:
     dict for `jax.jit(compiler_options=...)`.
@@ -101,7 +110,7 @@ def compiler_options(config, show=print):
     words = dict(word.partition('=')[::2] for word in words)
   for name, value in words.items():
     if name == 'auto':
-      options |= COMPILER_OPTIONS.get(backend, {})
+      options |= suited(method)
     elif value == '':
       raise ValueError(
         f"config.compiler_options: {name!r} has no value. Write 'auto', or "
@@ -126,11 +135,11 @@ def compiler_options(config, show=print):
   return known
 
 
-def jit(function, **options):
-  """`jax.jit` with the compiler options that suit the platform, where no run's
-  config is asked: programs that make videos."""
-  suited = COMPILER_OPTIONS.get(jax.default_backend(), {})
-  return jax.jit(function, compiler_options=_known(suited), **options)
+def jit(function, method=None, **options):
+  """`jax.jit` with the compiler options that suit the platform and a method,
+  where no run's config is asked: programs that make videos."""
+  known = _known(suited(method))
+  return jax.jit(function, compiler_options=known, **options)
 
 
 def _known(options):

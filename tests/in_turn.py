@@ -67,9 +67,10 @@ def ours(name):
   config, options = config.to_dict(), benchmark.Options(**options)
   config[config['stages'][-1]]['data'] |= {'batch_size': 1, **data}
   (stage,) = benchmark._stages(config, config['stages'][-1], options, 1)
+  method = benchmark._make_method(stage) if options.mode == 'generate' else None
   make_runner = functools.partial(
     parallel.Runner, mode='jit', devices=jax.devices()[:1],
-    options=parallel.compiler_options(config, lambda line: None),
+    options=parallel.compiler_options(config, lambda line: None, method),
   )
   case, frames = benchmark._make_case(stage, make_runner, options)
   runner, rng = case.make_runner(), jax.random.key(1)

@@ -148,7 +148,7 @@ def test_frames_drawn_one_by_one_are_those_of_a_batch(run, monkeypatch):
     return jax.jit(lambda state: method.animate(state, inputs, None, 4))(state)
 
   together = make(4)
-  for few in (1, 2):
+  for few in (1, 2, 3):  # 4 frames are not shared by threes
     np.testing.assert_allclose(make(few), together, atol=1e-5)
 
 

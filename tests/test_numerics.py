@@ -95,6 +95,18 @@ def test_small_pictures_are_filtered_where_they_are_many(op, side):
     assert ('tensor<25x' in text) == (count == 16)
 
 
+def test_a_padded_convolution_is_the_transpose(monkeypatch):
+  x, w = normal(0, 2, 9, 8, 5), normal(1, 2, 2, 3, 5)
+  run = lambda x, w: winograd.correlate(x, w, transposed=True)
+  y, pull = jax.vjp(run, x, w)
+  monkeypatch.setattr(winograd, 'PADDED', 8)
+  padded, padded_pull = jax.vjp(run, x, w)
+  assert y.shape == (2, 10, 9, 3)
+  pairs = zip((y, *pull(y)), (padded, *padded_pull(y)))
+  for one, other in pairs:
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+
+
 @pytest.mark.parametrize('k, pad, features', [(3, 1, 2), (4, 1, 1), (7, 0, 5)])
 def test_convolution_to_few_features_equals_plain(k, pad, features):
   x, w = normal(0, 2, 9, 8, 20), 0.1 * normal(1, k, k, 20, features)

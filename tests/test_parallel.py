@@ -155,6 +155,22 @@ def test_compiler_options_are_read_and_unknown_ones_left_out():
     assert '\n' not in str(error.value)
 
 
+def test_a_method_knows_better_how_its_videos_are_compiled():
+  class Method:
+    compiler_options = {
+      'cpu': {'xla_cpu_enable_fast_min_max': True}, 'gpu': {'xla_gpu_no': 1},
+    }
+
+  read = lambda words, method=Method: parallel.compiler_options(
+    {'compiler_options': words}, lambda line: None, method
+  )['xla_cpu_enable_fast_min_max']
+  assert read('auto') and not read('auto,xla_cpu_enable_fast_min_max=false')
+  with pytest.raises(KeyError):
+    read('auto', None)
+  double = parallel.jit(lambda x: x + x, Method)
+  assert double(3) == 6
+
+
 @pytest.mark.parametrize('mode', parallel.MODES)
 def test_options_reach_the_compiler(mode):
   stage = STAGES[0]

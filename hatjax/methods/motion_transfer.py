@@ -9,6 +9,7 @@ Training needs no labels: source and driving are frames of one clip.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import chex
@@ -26,7 +27,7 @@ DETECTORS = ('resnet', 'hourglass')
 PERCEPTUAL = ('pyramid', 'vgg19')
 TAPS = tuple(f'relu{block}_1' for block in range(1, 6))
 CHUNK = 16  # frames that animate makes at a time, at most
-FEW_PIXELS = 256**2  # of the frames that a CPU draws at a time, in its caches
+FEW_PIXELS = 2 * 256**2  # of the frames that a CPU draws at a time
 MOVING = ('keypoint_detector', 'dense_motion', 'generator')
 
 
@@ -83,6 +84,8 @@ class MotionTransfer:
   deterministic: bool = False
   dtype: str = 'float32'
   axis_name: str | None = None
+  # Eigen's products: YNNPACK packs the weights anew for every few frames.
+  compiler_options = {'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''}}
 
   def __post_init__(self):
     settings.check_model(
@@ -440,14 +443,17 @@ class MotionTransfer:
       jax.tree.map(_fold, keypoints),
     )
     batch, length = keypoints['value'].shape[:2]
-    few = max(1, FEW_PIXELS // self.image_size**2)
-    few = few if lowerings.rewrites() and length % few == 0 else length
-    draw = lambda parts: self._infer(
-      'generator', state, context['code'], *parts, method='decode'
+    few = math.gcd(length, max(1, FEW_PIXELS // self.image_size**2))
+    few = few if lowerings.rewrites() else length
+    # Moved by themselves: with what draws, XLA:CPU would pick their pixels one
+    # number at a time.
+    moved = self._infer(
+      'generator', state, context['code'], flow, visible, method='move'
     )
     parts = jax.tree.map(lambda x: rearrange(
       x, '(b n t) ... -> n (b t) ...', b=batch, t=few
-    ), (flow, visible))
+    ), moved)
+    draw = lambda part: self._infer('generator', state, part, method='draw')
     frames = jax.lax.map(draw, parts)
     return rearrange(frames, 'n (b t) ... -> b (n t) ...', b=batch)
 

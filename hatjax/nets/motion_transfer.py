@@ -342,24 +342,34 @@ class Generator(nn.Module):
 
   def decode(self, code, flow, visible, train=False):
     """[B T, H, W, 3] in [-1, 1] from `encode` [B, ...] and DenseMotion."""
-    warped = None
+    return self.draw(self.move(code, flow, visible, train), train)
+
+  def move(self, code, flow, visible, train=False):
+    """What a frame is drawn from: the source where the flow has taken it."""
+    moved = {}
     if 'image' in code:
       b, height, width, _ = code['image'].shape
       whole = resize_flow(flow, height, width)
-      warped = self._warp(code['image'], whole)
+      moved['image'] = self._warp(code['image'], whole)
     if self.warp == 'features':
       features = code['features']
       height, width = features.shape[1:3]
       h = self._warp(features, resize_flow(flow, height, width))
       h *= _resize(visible, height, width).astype(h.dtype)
     else:
-      h = self._shrink(jnp.concatenate([warped, whole], -1), train)
+      seen = jnp.concatenate([moved['image'], whole], -1)
+      h = self._shrink(seen, train)
+    return moved | {'features': h}
+
+  def draw(self, moved, train=False):
+    """Frames [N, H, W, 3] of what `move` returns."""
+    h = moved['features']
     for block in (*self.residual, *self.up):
       h = block(h, train)
     drawn = jax.nn.sigmoid(jnp.float32(self.last(h)))
     if self.blend:
       mask = drawn[..., 3:]
-      drawn = warped * (1 - mask) + drawn[..., :3] * mask
+      drawn = moved['image'] * (1 - mask) + drawn[..., :3] * mask
     return 2 * drawn - 1
 
   def __call__(self, image, flow, visible, train=False):
