@@ -9,7 +9,6 @@ Training needs no labels: source and driving are frames of one clip.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import chex
@@ -84,7 +83,8 @@ class MotionTransfer:
   deterministic: bool = False
   dtype: str = 'float32'
   axis_name: str | None = None
-  # Eigen's products: YNNPACK packs the weights anew for every few frames.
+  # Eigen's products: where a layer has about as many weights as it sees
+  # numbers, YNNPACK's are slower.
   compiler_options = {'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''}}
 
   def __post_init__(self):
@@ -443,8 +443,8 @@ class MotionTransfer:
       jax.tree.map(_fold, keypoints),
     )
     batch, length = keypoints['value'].shape[:2]
-    few = math.gcd(length, max(1, FEW_PIXELS // self.image_size**2))
-    few = few if lowerings.rewrites() else length
+    few = max(1, FEW_PIXELS // self.image_size**2)
+    few = few if lowerings.rewrites() and length % few == 0 else length
     # Moved by themselves: with what draws, XLA:CPU would pick their pixels one
     # number at a time.
     moved = self._infer(
