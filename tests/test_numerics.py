@@ -12,7 +12,7 @@ from scipy import ndimage, signal, stats
 from skimage.metrics import peak_signal_noise_ratio
 
 from hatjax import intensity, losses, metrics, optim, validation, warp
-from hatjax.nets import hat_cgan, layers, lowerings, norms, winograd
+from hatjax.nets import hat_cgan, layers, lowerings, norms
 
 
 def normal(seed, *shape):
@@ -95,18 +95,6 @@ def test_small_pictures_are_filtered_where_they_are_many(op, side):
     assert ('tensor<25x' in text) == (count == 16)
 
 
-def test_a_padded_convolution_is_the_transpose(monkeypatch):
-  x, w = normal(0, 2, 9, 8, 5), normal(1, 2, 2, 3, 5)
-  run = lambda x, w: winograd.correlate(x, w, transposed=True)
-  y, pull = jax.vjp(run, x, w)
-  monkeypatch.setattr(winograd, 'PADDED', 8)
-  padded, padded_pull = jax.vjp(run, x, w)
-  assert y.shape == (2, 10, 9, 3)
-  pairs = zip((y, *pull(y)), (padded, *padded_pull(y)))
-  for one, other in pairs:
-    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
-
-
 @pytest.mark.parametrize('k, pad, features', [(3, 1, 2), (4, 1, 1), (7, 0, 5)])
 def test_convolution_to_few_features_equals_plain(k, pad, features):
   x, w = normal(0, 2, 9, 8, 20), 0.1 * normal(1, k, k, 20, features)
@@ -128,15 +116,6 @@ def test_convolution_to_few_features_equals_plain(k, pad, features):
     for one, other in zip(plain, others):
       atol = max(2e-5, 3e-6 * np.abs(one).max())
       np.testing.assert_allclose(one, other, atol=atol, rtol=1e-5)
-
-
-@pytest.mark.parametrize('r', winograd.TILES)
-def test_minimal_filters_are_convolutions(r):
-  m = winograd.TILES[r]
-  a, g, b = winograd.minimal_filter(m, r)
-  x, k = np.random.default_rng(0).normal(size=(2, m + r - 1))
-  y = a @ ((g @ k[:r]) * (b @ x))
-  np.testing.assert_allclose(y, np.correlate(x, k[:r], 'valid'), rtol=1e-5)
 
 
 def test_downsample_conv_equals_scipy():
