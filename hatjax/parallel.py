@@ -76,11 +76,11 @@ def join_processes():
     jax.distributed.initialize()
 
 
-def suited(method=None):
+def _suited(method):
   """What 'auto' means on this platform; a method may know better for the
   programs that make its videos."""
   backend = jax.default_backend()
-  own = getattr(method, 'compiler_options', {}).get(backend, {})
+  own = getattr(method, 'video_options', {}).get(backend, {})
   return COMPILER_OPTIONS.get(backend, {}) | own
 
 
@@ -110,7 +110,7 @@ def compiler_options(config, show=print, method=None):
     words = dict(word.partition('=')[::2] for word in words)
   for name, value in words.items():
     if name == 'auto':
-      options |= suited(method)
+      options |= _suited(method)
     elif value == '':
       raise ValueError(
         f"config.compiler_options: {name!r} has no value. Write 'auto', or "
@@ -138,7 +138,7 @@ def compiler_options(config, show=print, method=None):
 def jit(function, method=None, **options):
   """`jax.jit` with the compiler options that suit the platform and a method,
   where no run's config is asked: programs that make videos."""
-  known = _known(suited(method))
+  known = _known(_suited(method))
   return jax.jit(function, compiler_options=known, **options)
 
 

@@ -1,11 +1,13 @@
 """Faces driven by clips: motion on the host, streaming, sound, the command."""
 
+import dataclasses
 import fractions
 import json
 import types
 
 import av
 import jax
+import jax.export
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ from hatjax import (
   workdir,
 )
 from hatjax.methods import motion_transfer
+from hatjax.nets import motion_transfer as nets
 
 SIZE = 16
 
@@ -137,19 +140,43 @@ def test_absolute_motion_equals_animate_whatever_the_batch(run):
   assert np.abs(np.diff(want, axis=0)).max() > 3  # the driver does matter
 
 
-def test_frames_drawn_one_by_one_are_those_of_a_batch(run, monkeypatch):
+@pytest.mark.parametrize('warp', nets.WARPS)
+def test_frames_drawn_one_by_one_are_those_of_a_batch(warp, run, monkeypatch):
   _, method, state = run.stages[0]
   image, clip = video.to_float(toy_frames(2, 1)), toy_frames(8, 2)
-  clip = video.to_float(clip).reshape(2, 4, SIZE, SIZE, 3)
+  inputs = {
+    'image': image,
+    'driving': video.to_float(clip).reshape(2, 4, SIZE, SIZE, 3),
+  }
+  if warp != method.warp:
+    method = dataclasses.replace(method, warp=warp)
+    batch = {'video': inputs['driving']}
+    state = jax.jit(method.init)(jax.random.key(0), batch)
+  drawn, infer = [], motion_transfer.MotionTransfer._infer
+
+  def spy(self, name, state, *args, method=None):
+    if method == 'draw':
+      drawn.append(len(jax.tree.leaves(args)[0]))
+    return infer(self, name, state, *args, method=method)
+
+  monkeypatch.setattr(motion_transfer.MotionTransfer, '_infer', spy)
 
   def make(few):
     monkeypatch.setattr(motion_transfer, 'FEW_PIXELS', few * SIZE**2)
-    inputs = {'image': image, 'driving': clip}
     return jax.jit(lambda state: method.animate(state, inputs, None, 4))(state)
 
   together = make(4)
   for few in (1, 2, 3):  # 4 frames are not shared by threes
     np.testing.assert_allclose(make(few), together, atol=1e-5)
+  assert drawn == [2 * few for few in (4, 1, 2, 2)]
+
+
+def test_frames_drawn_at_a_time_divide_their_number():
+  share = lambda length: [motion_transfer._share(length, n) for n in (2, 3, 8)]
+  assert share(15) == [1, 3, 5] and share(16) == [2, 2, 8]
+  assert share(7) == [1, 1, 7]
+  (unknown,) = jax.export.symbolic_shape('t')
+  assert share(unknown) == [1, 1, unknown]
 
 
 def test_relative_motion_starts_at_the_face_itself(run):

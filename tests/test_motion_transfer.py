@@ -257,14 +257,16 @@ def test_blend_keeps_the_warped_picture_or_draws(bias, drawn):
   np.testing.assert_allclose(out, 0 if drawn else image, atol=2e-2)
 
 
-def test_generator_caches_what_does_not_depend_on_the_motion():
-  net = nets.Generator(width=4, num_residual=1, norm='group', blend=True)
+@pytest.mark.parametrize('form', nets.WARPS)
+def test_generator_caches_what_does_not_depend_on_the_motion(form):
+  net = nets.Generator(form, True, 4, num_residual=1, norm='group')
   image = toy_batch()['video'][:1, 0]
   flow = jnp.tanh(jax.random.normal(jax.random.key(2), (3, 8, 8, 2)))
   visible = jax.random.uniform(jax.random.key(3), (3, 8, 8, 1))
   variables = jax.jit(net.init)(jax.random.key(0), image, flow, visible)
   code = net.apply(variables, image, method='encode')
-  frames = net.apply(variables, code, flow, visible, method='decode')
+  moved = net.apply(variables, code, flow, visible, method='move')
+  frames = net.apply(variables, moved, method='draw')
   for t in range(3):
     alone = net.apply(variables, image, flow[t : t + 1], visible[t : t + 1])
     np.testing.assert_allclose(frames[t], alone[0], atol=1e-5)

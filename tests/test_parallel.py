@@ -157,7 +157,7 @@ def test_compiler_options_are_read_and_unknown_ones_left_out():
 
 def test_a_method_knows_better_how_its_videos_are_compiled():
   class Method:
-    compiler_options = {
+    video_options = {
       'cpu': {'xla_cpu_enable_fast_min_max': True}, 'gpu': {'xla_gpu_no': 1},
     }
 
@@ -167,8 +167,10 @@ def test_a_method_knows_better_how_its_videos_are_compiled():
   assert read('auto') and not read('auto,xla_cpu_enable_fast_min_max=false')
   with pytest.raises(KeyError):
     read('auto', None)
-  double = parallel.jit(lambda x: x + x, Method)
-  assert double(3) == 6
+  assert parallel.jit(lambda x: x + x, Method)(3) == 6
+  Method.video_options = {'cpu': {'xla_cpu_enable_fast_min_max': 'perhaps'}}
+  with pytest.raises(ValueError, match='perhaps'):
+    parallel.jit(lambda x: x + x, Method)
 
 
 @pytest.mark.parametrize('mode', parallel.MODES)

@@ -1,6 +1,7 @@
 """Minimal filters, and both forms of their transpose."""
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 from test_numerics import normal
@@ -17,7 +18,7 @@ def test_minimal_filters_are_convolutions(r):
   np.testing.assert_allclose(y, np.correlate(x, k[:r], 'valid'), rtol=1e-5)
 
 
-@pytest.mark.parametrize('count', (2, 3))
+@pytest.mark.parametrize('count', (1, 2, 3))
 def test_a_padded_convolution_is_the_transpose(count, monkeypatch):
   x, w = normal(0, count, 9, 8, 5), normal(1, 2, 2, 3, 5)
 
@@ -33,3 +34,14 @@ def test_a_padded_convolution_is_the_transpose(count, monkeypatch):
   assert (program == other_program) == (count > 2)  # for one or two pictures
   for one, other in zip((y, *grads), others):
     np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+
+
+def test_an_exported_transpose_takes_any_number_of_pictures(monkeypatch):
+  monkeypatch.setattr(winograd, 'PADDED', 8)
+  w = normal(1, 2, 2, 3, 5)
+  form = jax.jit(lambda x: winograd.correlate(x, w, transposed=True))
+  shape = jax.export.symbolic_shape('n, 9, 8, 5')
+  program = jax.export.export(form)(jax.ShapeDtypeStruct(shape, 'float32'))
+  for count in (1, 3):
+    x = normal(0, count, 9, 8, 5)
+    np.testing.assert_allclose(program.call(x), form(x), atol=1e-4)

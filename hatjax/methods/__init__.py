@@ -38,7 +38,9 @@ class Method(Protocol):
   One whose `train_step` reads batch['draft'], the video of the stage before,
   says so with a property `needs_draft`; one with nets that are trained
   elsewhere with `pretrained`, {net: file or stage it comes from}; one whose
-  results need a word with `notes`, a dict. One that makes no videos has,
+  results need a word with `notes`, a dict; one that makes its videos faster by
+  other options of the compiler with `video_options`, {platform: {name:
+  value}}. One that makes no videos has,
   instead of `animate`, `score(state, clip, n, label)`: {name: scalar} of one
   clip float [T, H, W, 3], frames from n on being padding, for validation.
   """

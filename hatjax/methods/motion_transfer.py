@@ -10,6 +10,7 @@ Training needs no labels: source and driving are frames of one clip.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import chex
 import jax
@@ -26,7 +27,7 @@ DETECTORS = ('resnet', 'hourglass')
 PERCEPTUAL = ('pyramid', 'vgg19')
 TAPS = tuple(f'relu{block}_1' for block in range(1, 6))
 CHUNK = 16  # frames that animate makes at a time, at most
-FEW_PIXELS = 2 * 256**2  # of the frames that a CPU draws at a time
+FEW_PIXELS = 2 * 256**2  # of the frames of a face that a CPU draws at a time
 MOVING = ('keypoint_detector', 'dense_motion', 'generator')
 
 
@@ -36,6 +37,14 @@ def _fold(x):
 
 def _unfold(x, batch):
   return rearrange(x, '(b t) ... -> b t ...', b=batch)
+
+
+def _share(length, most):
+  """The largest divisor of a length up to `most`; where, in an exported
+  program, no length is said: one by one if `most` is small, else all."""
+  if not isinstance(length, int):
+    return 1 if most < 4 else length
+  return next(n for n in range(most, 0, -1) if length % n == 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,8 +93,10 @@ class MotionTransfer:
   dtype: str = 'float32'
   axis_name: str | None = None
   # Eigen's products: where a layer has about as many weights as it sees
-  # numbers, YNNPACK's are slower.
-  compiler_options = {'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''}}
+  # numbers, YNNPACK's are slower. (In training there is no difference.)
+  video_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    'cpu': {'xla_cpu_experimental_ynn_fusion_type': ''}
+  }
 
   def __post_init__(self):
     settings.check_model(
@@ -443,8 +454,8 @@ class MotionTransfer:
       jax.tree.map(_fold, keypoints),
     )
     batch, length = keypoints['value'].shape[:2]
-    few = max(1, FEW_PIXELS // self.image_size**2)
-    few = few if lowerings.rewrites() and length % few == 0 else length
+    few = _share(length, max(1, FEW_PIXELS // self.image_size**2))
+    few = few if lowerings.rewrites() else length
     # Moved by themselves: with what draws, XLA:CPU would pick their pixels one
     # number at a time.
     moved = self._infer(

@@ -99,6 +99,11 @@ class VideoDiffusion:
         f'model.dim {self.dim} is not a multiple of {nets.GROUPS}, as norm '
         "'group' needs. Use norm 'rms' or another dim."
       )
+    if self.head_dim % 2:
+      raise ValueError(
+        f'model.head_dim {self.head_dim} is odd. Positions turn pairs of '
+        'features: use an even one.'
+      )
     if self.draft_error <= 0:
       raise ValueError(
         f'model.draft_error is {self.draft_error}. It must be above 0: the '

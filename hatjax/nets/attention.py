@@ -5,7 +5,6 @@ within, and adds to what it reads. Where two orders of the same products are
 equal, the quicker one is taken; tests hold them equal.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ import numpy as np
 from hatjax.nets import layers, lowerings
 
 BUCKETS, MAX_DISTANCE = 32, 32
+THETA = 10_000.0  # slowest wavelength of positions over 2 pi
 FEW_FRAMES = 24  # that attend without matrix products, on a CPU
 PIECE = 8192  # tokens that attend at a time where memory is to be saved
 
@@ -242,40 +242,39 @@ def _lanes_last(w):
 
 def _rows_first(x, q, k, v, out, bias, barred):
   """Arrays [*, rows, T, head_dim, heads]: the quicker one with its gradient."""
-  q, k, v = (w.swapaxes(-1, -2) for w in (q * q.shape[-1] ** -0.5, k, v))
-  q, k = (_rotate_lanes(_tensordot(x, w, 1)) for w in (q, k))
-  y = _mix(q, k, _tensordot(x, v, 1), bias.transpose(1, 2, 0), barred)
-  return _tensordot(y, out.swapaxes(0, 1), 2)
+  rows = x.reshape(-1, x.shape[-1])
+  q, k, v = (
+    _product(rows, _lanes_last(w)).reshape(*x.shape[:-1], *w.shape[:0:-1])
+    for w in (q * q.shape[-1] ** -0.5, k, v)
+  )
+  bias = bias.transpose(1, 2, 0)
+  y = _mix(_rotate_lanes(q), _rotate_lanes(k), v, bias, barred)
+  out = out.swapaxes(0, 1).reshape(-1, x.shape[-1])
+  return _product(y.reshape(-1, len(out)), out).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _tensordot(x, w, axes):
-  """`jnp.tensordot`, in whose gradient two products see x, and g, in different
-  shapes. What only one product takes XLA:CPU computes in its shape: where the
-  heads are not the last axis that is four times slower, without vectors."""
-  columns = w.reshape(math.prod(w.shape[:axes]), -1)
-  y = x.reshape(-1, len(columns)) @ columns
-  return y.reshape(*x.shape[: x.ndim - axes], *w.shape[axes:])
+@jax.custom_vjp
+def _product(x, w):
+  """[N, K] @ [K, M], whose gradient takes x and g in two shapes each: [N, .]
+  and [2, N / 2, .]. What all products take in one XLA:CPU computes in that one,
+  where the heads are not the last axis: four times slower, without vectors."""
+  return x @ w
 
 
-def _tensordot_backward(axes, saved, g):
+def _product_backward(saved, g):
   x, w = saved
-  columns = w.reshape(math.prod(w.shape[:axes]), -1)
-  g = g.reshape(-1, columns.shape[1])
-  change = (g @ columns.T).reshape(x.shape)
-  halves = math.gcd(len(g), 2)
-  x, g = (y.reshape(halves, -1, n) for y, n in zip((x, g), columns.shape))
-  return change, jnp.einsum('hnk,hnm->hkm', x, g).sum(0).reshape(w.shape)
+  halves = math.gcd(len(x), 2)
+  parts = (y.reshape(halves, -1, y.shape[-1]) for y in (x, g))
+  return g @ w.T, jnp.einsum('hnk,hnm->hkm', *parts).sum(0)
 
 
-_tensordot.defvjp(lambda x, w, axes: (_tensordot(x, w, axes), (x, w)),
-                  _tensordot_backward)
+_product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
 
 
 @jax.custom_vjp
 def _mix(q, k, v, bias, barred):
-  """softmax(q k^T + bias) v; arrays [*, T, head_dim, heads], bias
-  [T, T, heads]."""
+  """softmax(q k^T + bias) v; arrays [*, T, head_dim, heads], q scaled. Bias
+  [T, T, heads] of query and key, as is `barred` bool [*, T, T]."""
   return _mix_forward(q, k, v, bias, barred)[0]
 
 
@@ -359,19 +358,18 @@ class SpatialAttention(nn.Module):
     return x + y.reshape(x.shape)
 
 
-def rotate(x, positions, theta=10_000.0):
+def rotate(x, positions):
   """Rotary position embedding: turns pairs (i, i + D/2) of the features.
 
-  Pair i turns by position * theta^(-2 i / D), so that products of two turned
+  Pair i turns by position * THETA^(-2 i / D), so that products of two turned
   vectors depend on the difference of their positions only. The released code
   pairs neighbours: the same up to the order of the kernel's columns.
 
   Args:
     x: [..., T, D].
     positions: [T].
-    theta: slowest wavelength over 2 pi.
   """
-  cos, sin = _turns(positions, x.shape[-1], theta, x.dtype)
+  cos, sin = _turns(positions, x.shape[-1], x.dtype)
   first, second = jnp.split(x, 2, -1)
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], -1
@@ -383,15 +381,15 @@ def _rotate_lanes(x):
   computes a concatenation by branches; of few axes: with seven it crashes
   where a product is fused with it."""
   frames, size, heads = x.shape[-3:]
-  cos, sin = _turns(np.arange(frames), size, dtype=x.dtype)
+  cos, sin = _turns(np.arange(frames), size, x.dtype)
   turn = jnp.stack([cos, -sin, sin, cos], 1).repeat(heads, -1)
   pairs = x.reshape(-1, frames, 1, 2, size // 2 * heads)
   return (turn.reshape(frames, 2, 2, -1) * pairs).sum(-2).reshape(x.shape)
 
 
-def _turns(positions, size, theta=10_000.0, dtype=jnp.float32):
+def _turns(positions, size, dtype):
   """Cosines and sines of every pair's turn, [T, size / 2] each."""
-  rates = theta ** (-np.arange(0, size, 2) / size)
+  rates = THETA ** (-np.arange(0, size, 2) / size)
   angles = jnp.asarray(positions, jnp.float32)[:, None] * rates
   return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 

@@ -340,30 +340,37 @@ class Generator(nn.Module):
       code['features'] = self._shrink(image, train)
     return code
 
-  def decode(self, code, flow, visible, train=False):
-    """[B T, H, W, 3] in [-1, 1] from `encode` [B, ...] and DenseMotion."""
-    return self.draw(self.move(code, flow, visible, train), train)
+  def move(self, code, flow, visible):
+    """The source where the flow has taken it: what frames are drawn from.
 
-  def move(self, code, flow, visible, train=False):
-    """What a frame is drawn from: the source where the flow has taken it."""
+    Args:
+      code: from `encode`, [B, ...].
+      flow: [B T, h, w, 2], where each place comes from; see `warp.grid`.
+      visible: [B T, h, w, 1] in [0, 1].
+
+    Returns:
+      dict of [B T, ...]: `image` in [0, 1] and `flow`, of the picture's size;
+      `features`, occluded; where the generator draws from them.
+    """
     moved = {}
     if 'image' in code:
-      b, height, width, _ = code['image'].shape
+      height, width = code['image'].shape[1:3]
       whole = resize_flow(flow, height, width)
       moved['image'] = self._warp(code['image'], whole)
-    if self.warp == 'features':
-      features = code['features']
-      height, width = features.shape[1:3]
-      h = self._warp(features, resize_flow(flow, height, width))
-      h *= _resize(visible, height, width).astype(h.dtype)
-    else:
-      seen = jnp.concatenate([moved['image'], whole], -1)
-      h = self._shrink(seen, train)
+    if self.warp == 'image':
+      return moved | {'flow': whole}
+    height, width = code['features'].shape[1:3]
+    h = self._warp(code['features'], resize_flow(flow, height, width))
+    h *= _resize(visible, height, width).astype(h.dtype)
     return moved | {'features': h}
 
   def draw(self, moved, train=False):
-    """Frames [N, H, W, 3] of what `move` returns."""
-    h = moved['features']
+    """Frames [N, H, W, 3] in [-1, 1] of what `move` returns, [N, ...]."""
+    if self.warp == 'image':
+      seen = jnp.concatenate([moved['image'], moved['flow']], -1)
+      h = self._shrink(seen, train)
+    else:
+      h = moved['features']
     for block in (*self.residual, *self.up):
       h = block(h, train)
     drawn = jax.nn.sigmoid(jnp.float32(self.last(h)))
@@ -373,7 +380,8 @@ class Generator(nn.Module):
     return 2 * drawn - 1
 
   def __call__(self, image, flow, visible, train=False):
-    return self.decode(self.encode(image, train), flow, visible, train)
+    moved = self.move(self.encode(image, train), flow, visible)
+    return self.draw(moved, train)
 
   def _shrink(self, x, train):
     for block in (self.first, *self.down):

@@ -132,7 +132,7 @@ class ResBlock(nn.Module):
       h = Conv(self.features, over_time=over_time, dtype=self.dtype)(h, isolate)
       words = None
       if first and cond is not None:
-        # Named as in checkpoints there are.
+        # Named as in the checkpoints that there are.
         change = Words(self.features, self.dtype, name='Dense_0')
         scale, shift = change(jax.nn.silu(cond))
         words = scale + 1, shift
