@@ -5,6 +5,7 @@ within, and adds to what it reads. Where two orders of the same products are
 equal, the quicker one is taken; tests hold them equal.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hatjax.nets import layers, lowerings
+from hatjax.nets import layers, lowerings, norms
 
 BUCKETS, MAX_DISTANCE = 32, 32
 THETA = 10_000.0  # slowest wavelength of positions over 2 pi
@@ -77,7 +78,7 @@ class Heads(nn.Module):
     kernel = kernel.astype(self.dtype).reshape(channels, 3, self.heads, -1)
     out = out.astype(self.dtype).reshape(self.heads, -1, channels)
     y = self.attend(x, *jnp.unstack(kernel, axis=1), out)
-    return y if bias is None else y + bias.astype(self.dtype)
+    return y if bias is None else norms.add_bias(y, bias.astype(self.dtype))
 
 
 def in_pieces(function, piece):
@@ -148,31 +149,77 @@ def attend_linearly_to_many(x, q, k, v, out):
     axis, order, q = -2, 'dh', q.swapaxes(-1, -2)
   project = lambda w: layers.project(x, w.reshape(channels, -1))
   q = project(q).reshape(*x.shape[:-1], *q.shape[1:])
-  q = _softmax(q, x.dtype, axis).reshape(*x.shape[:-1], -1)
-  context = _outer(_softmax(project(k), x.dtype, -2), x)
+  context = _summarize(project(k), x)
   context = context.reshape(*context.shape[:-2], heads, size, channels)
   context = jnp.einsum('...hdc,che->...hde', context, v)
   out = out * size**-0.5
   context = jnp.einsum(f'...hde,hec->...{order}c', context, out)
-  return q @ context.reshape(*context.shape[:-3], -1, channels)
+  return _read(q, context.reshape(*context.shape[:-3], -1, channels), axis)
+
+
+def _weights(x, dtype, axis):
+  """`_softmax` in one pass less: no quotient of what was written before."""
+  x = x.astype(jnp.float32)
+  return jnp.exp(x - jax.nn.logsumexp(x, axis, keepdims=True)).astype(dtype)
 
 
 @jax.custom_vjp
-def _outer(k, x):
-  """k^T x of [..., n, K] and [..., n, C]. Its gradients are products as they
-  are written here; autodiff's come out transposed."""
-  return jnp.einsum('...nk,...nc->...kc', k, x)
+def _summarize(k, x):
+  """softmax_n(k)^T x of [..., n, K] and [..., n, C].
+
+  What a softmax takes off the change of its logits, sum_n w dw, is here the
+  product of the result and its change: no sum over n.
+  """
+  return _summarize_forward(k, x)[0]
 
 
-def _outer_backward(saved, g):
-  k, x = saved
-  return (
-    jnp.einsum('...nc,...kc->...nk', x, g),
-    jnp.einsum('...nk,...kc->...nc', k, g),
-  )
+def _summarize_forward(k, x):
+  weights = _weights(k, x.dtype, -2)
+  y = _outer(weights, x)
+  return y, (weights, x, y)
 
 
-_outer.defvjp(lambda k, x: (_outer(k, x), (k, x)), _outer_backward)
+def _summarize_backward(saved, g):
+  weights, x, y = saved
+  change = jnp.einsum('...nc,...kc->...nk', x, g).astype(jnp.float32)
+  change -= _scores('...kc,...kc->...k', y, g)[..., None, :]
+  change = (weights * change).astype(x.dtype)
+  return change, jnp.einsum('...nk,...kc->...nc', weights, g)
+
+
+_summarize.defvjp(_summarize_forward, _summarize_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _read(q, w, axis):
+  """softmax(q) w of [..., n, a, b], along a or b, and [..., a * b, C]."""
+  return _read_forward(q, w, axis)[0]
+
+
+def _read_forward(q, w, axis):
+  weights = _weights(q, w.dtype, axis)
+  flat = weights.reshape(*weights.shape[:-2], -1)
+  return flat @ w, (weights, w)
+
+
+def _read_backward(axis, saved, g):
+  weights, w = saved
+  change = jnp.einsum('...nc,...kc->...nk', g, w).astype(jnp.float32)
+  change = change.reshape(weights.shape)
+  change -= (weights * change).sum(axis, keepdims=True)
+  flat = weights.reshape(*weights.shape[:-2], -1)
+  return (weights * change).astype(g.dtype), _outer(flat, g)
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+def _outer(a, b):
+  """a^T b of [..., n, K] and [..., n, C], the narrower one first: on a CPU up
+  to a third quicker."""
+  if a.shape[-1] <= b.shape[-1]:
+    return jnp.einsum('...nk,...nc->...kc', a, b)
+  return jnp.einsum('...nc,...nk->...ck', b, a).swapaxes(-1, -2)
 
 
 def attend_fully(q, k, v, bias=0.0, barred=None):
