@@ -6,16 +6,41 @@ import numpy as np
 import pytest
 from test_numerics import normal
 
-from hatjax.nets import winograd
+from hatjax.nets import layers, lowerings, winograd
 
 
-@pytest.mark.parametrize('r', winograd.TILES)
-def test_minimal_filters_are_convolutions(r):
-  m = winograd.TILES[r]
+@pytest.mark.parametrize('r, m', [*winograd.TILES.items(), (3, 2)])
+def test_minimal_filters_are_convolutions(r, m):
   a, g, b = winograd.minimal_filter(m, r)
   x, k = np.random.default_rng(0).normal(size=(2, m + r - 1))
   y = a @ ((g @ k[:r]) * (b @ x))
   np.testing.assert_allclose(y, np.correlate(x, k[:r], 'valid'), rtol=1e-5)
+
+
+@pytest.mark.parametrize('transposed', (False, True))
+def test_small_tiles_are_large_ones(transposed):
+  x, w = normal(0, 2, 9, 8, 5), normal(1, 3, 3, 5, 5)
+
+  def run(tile):
+    form = lambda x, w: winograd.correlate(x, w, transposed, tile)
+    y, pull = jax.vjp(form, x, w)
+    return y, *pull(y)
+
+  for one, other in zip(run(2), run(4)):
+    np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+
+
+@pytest.mark.parametrize('count, channels, k, tile', [
+  (8, (256, 256), 3, 2), (8, (512, 128), 3, 2), (8, (128, 128), 3, 0),
+  (3, (512, 512), 3, 0), (16, (128, 128), 3, 4), (16, (64, 64), 2, 4),
+  (8, (256, 256), 2, 0), (16, (64, 64), 7, 0), (16, (32, 64), 3, 0),
+])
+def test_few_pixels_have_small_tiles(count, channels, k, tile):
+  x = np.zeros((count, 8, 8, channels[0]), np.float32)
+  with lowerings.lowering('rewritten'):
+    assert layers._tile(x, count * 64, k, *channels) == tile
+  with lowerings.lowering('plain'):
+    assert layers._tile(x, count * 64, k, *channels) == 0
 
 
 @pytest.mark.parametrize('count', (1, 2, 3))

@@ -285,9 +285,9 @@ def correlate(x, kernel, pad=0):
       kernel = kernel.reshape(-1, features)
       return project(_taps(nd, 3, 1)[0](x), kernel)
     padded = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    pays = _filter_pays(x, _count(padded), inputs, features)
-    if pays and len(kernel) in winograd.TILES:
-      return winograd.correlate(padded, kernel)
+    tile = _tile(x, _count(padded), len(kernel), inputs, features)
+    if tile:
+      return winograd.correlate(padded, kernel, tile=tile)
   return _convolve(x, kernel, (1,) * nd, [(pad, pad)] * nd)
 
 
@@ -323,6 +323,15 @@ def _filter_pays(x, pixels, *channels):
   """Measured: with fewer pixels or channels the transforms cost more."""
   wide = x.ndim == 4 and x.dtype == jnp.float32 and min(channels) >= 64
   return rewrites() and wide and pixels >= 1000
+
+
+def _tile(x, pixels, k, *channels):
+  """Side of the tiles of minimal filtering, 0 where it does not pay. Of fewer
+  pixels, where kernels are large: there are fewer transforms of them then."""
+  if _filter_pays(x, pixels, *channels):
+    return winograd.TILES.get(k, 0)
+  large = k == 3 and math.prod(channels) >= 2**16
+  return 2 if large and _filter_pays(x, 2 * pixels, *channels) else 0
 
 
 def project(x, kernel):

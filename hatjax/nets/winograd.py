@@ -51,16 +51,16 @@ def minimal_filter(m, r):
   return tuple(matrix.astype(np.float32) for matrix in (a.T, g, b))
 
 
-def correlate(x, kernel, transposed=False):
+def correlate(x, kernel, transposed=False, tile=None):
   """Convolution without padding [N, H, W, C] -> [N, H-r+1, W-r+1, O], or its
-  transpose the other way; kernel [r, r, C, O]."""
+  transpose the other way; kernel [r, r, C, O]. `tile`: default TILES[r]."""
   r = len(kernel)
   few = x.shape[0] in (1, 2)  # False where an exported program leaves it open
   if transposed and min(x.shape[1:3]) >= PADDED and few:
     x = jnp.pad(x, [(0, 0), (r - 1, r - 1), (r - 1, r - 1), (0, 0)])
-    return correlate(x, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    return correlate(x, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), tile=tile)
   change = -1 if transposed else 1
-  m = TILES[r]
+  m = tile or TILES[r]
   a, g, b = minimal_filter(m, r)
   other = [side - change * (r - 1) for side in x.shape[1:3]]
   large, small = (x.shape[1:3], other)[::change]
