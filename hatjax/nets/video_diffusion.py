@@ -37,6 +37,21 @@ def embed_time(t, features):
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
+class Pointwise(nn.Module):
+  """A linear layer at every pixel: [..., C] -> [..., features]."""
+
+  features: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (x.shape[-1], self.features)
+    kernel = self.param('kernel', attention.kernel_init, shape)
+    bias = self.param('bias', nn.initializers.zeros, shape[1:])
+    x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
+    return norms.add_bias(layers.project(x, kernel), bias)
+
+
 class Conv(nn.Module):
   """3x3 (or `kernel`) over each frame, or 3x3x3 over the clip as well.
 
@@ -138,9 +153,8 @@ class ResBlock(nn.Module):
         words = scale + 1, shift
       h = jax.nn.silu(Norm(self.norm)(h, isolate, words))
     if x.shape[-1] != self.features:
-      flat = x.reshape(-1, x.shape[-1])  # As `layers.project`.
       name = 'Dense_0' if cond is None else 'Dense_1'
-      x = _dense(self.features, self.dtype, name)(flat).reshape(h.shape)
+      x = Pointwise(self.features, self.dtype, name=name)(x)
     return h + x
 
 
