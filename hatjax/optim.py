@@ -192,10 +192,22 @@ def epoch_rate(epoch, lr, niter=10_000, niter_decay=100, epoch_count=1):
   return lr * (1 - jnp.minimum(late / (niter_decay + 1), 1.0))
 
 
-def update_ema(average, params, decay, step):
+def update_ema(average, params, decay, step, every=1):
   """average + (1 - d) (params - average), d = min(decay, (1 + t)/(10 + t)).
 
   The warm-up keeps the first, random parameters out of the average.
+
+  Args:
+    average: tree.
+    params: tree of the same shapes.
+    decay: in the long run.
+    step: t, updates of the parameters done.
+    every: so many steps there is an update of the average.
   """
   rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
-  return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+  update = lambda a, p: jax.tree.map(lambda a, p: a + rate * (p - a), a, p)
+  if every == 1:
+    return update(average, params)
+  return jax.lax.cond(
+    step % every == 0, update, lambda a, p: a, average, params
+  )

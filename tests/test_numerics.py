@@ -380,6 +380,20 @@ def test_ema_warm_up_by_hand():
   np.testing.assert_allclose(average, 0.9 * 2 / 11, rtol=1e-6)
 
 
+def test_ema_of_every_third_step():
+  average, seen = jnp.zeros(()), []
+  for step in range(1, 8):
+    average = jax.jit(optim.update_ema, static_argnums=4)(
+      average, jnp.float32(step), 0.5, jnp.array(step), 3
+    )
+    seen.append(float(average))
+  # d = min(0.5, 4/13) at t = 3, min(0.5, 7/16) at t = 6.
+  third = 3 * 9 / 13
+  sixth = third + (6 - third) * 9 / 16
+  expected = [0, 0, third, third, third, sixth, sixth]
+  np.testing.assert_allclose(seen, expected, rtol=1e-6)
+
+
 def test_optimizer_and_adam_of_optax_agree_on_two_parameters():
   grads = {'a': jnp.array([1.0, -2.0])}
   mine, reference = optim.make_tx(), optax.adam(2e-4, 0.5, 0.999)

@@ -243,6 +243,7 @@ def test_paired_mode_asks_for_its_draft(tiny):
   (dict(dim_mults=(1,) * 6), 'multiple of 32'),
   (dict(dim=12), 'multiple of 8'),
   (dict(head_dim=3), 'use an even one'),
+  (dict(ema_every=0), '1 or more'),
 ])
 def test_wrong_settings_are_named(changes, message):
   with pytest.raises(ValueError, match=message):

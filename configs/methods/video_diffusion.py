@@ -80,6 +80,7 @@ def _model(preset, image_size):
     dynamic_threshold=0.0,        # quantile; 0: clip
     window=10,                    # frames the net sees at a time; 0: all
     ema_decay=0.999,
+    ema_every=1,                  # steps from one update of it to the next
     remat=False,                  # less memory, a third more work
     microbatches=1,               # parts of a batch, one after another
     dtype='float32',              # of the computation; or bfloat16
@@ -101,7 +102,7 @@ def _model(preset, image_size):
       mean_fraction=0.0,
       label_dropout=0.0, image_fraction=0.0, sampler='ancestral',
       num_sample_steps=300, window=0,
-      ema_decay=0.9995,           # 0.995 every 10 steps in the released code
+      ema_decay=0.995, ema_every=10,
     )
   if preset == 'tiny':
     model |= dict(

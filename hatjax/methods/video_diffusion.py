@@ -71,6 +71,7 @@ class VideoDiffusion:
   dynamic_threshold: float = 0.0
   window: int = 0
   ema_decay: float = 0.999
+  ema_every: int = 1
   remat: bool = False
   microbatches: int = 1
   dtype: str = 'float32'
@@ -103,6 +104,11 @@ class VideoDiffusion:
       raise ValueError(
         f'model.head_dim {self.head_dim} is odd. Positions turn pairs of '
         'features: use an even one.'
+      )
+    if self.ema_every < 1:
+      raise ValueError(
+        f'model.ema_every is {self.ema_every}. It is the number of steps from '
+        'one update of the average to the next: 1 or more.'
       )
     if self.draft_error <= 0:
       raise ValueError(
@@ -190,7 +196,7 @@ class VideoDiffusion:
     if self.ema_decay:
       average = optim.update_ema(
         state.ema['denoiser'], state.params['denoiser'], self.ema_decay,
-        state.step,
+        state.step, self.ema_every,
       )
       state = state.replace(ema={'denoiser': average})
     return state, state_lib.pmean(metrics, self.axis_name)
