@@ -193,7 +193,7 @@ def epoch_rate(epoch, lr, niter=10_000, niter_decay=100, epoch_count=1):
 
 
 def update_ema(average, params, decay, step, every=1):
-  """average + (1 - d) (params - average), d = min(decay, (1 + t)/(10 + t)).
+  """average + (1 - d) (params - average), d = min(decay, (1 + n)/(10 + n)).
 
   The warm-up keeps the first, random parameters out of the average.
 
@@ -201,13 +201,16 @@ def update_ema(average, params, decay, step, every=1):
     average: tree.
     params: tree of the same shapes.
     decay: in the long run.
-    step: t, updates of the parameters done.
-    every: so many steps there is an update of the average.
+    step: which gave `params`, from 0.
+    every: steps from one update of the average to the next; n counts them.
   """
-  rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
-  update = lambda a, p: jax.tree.map(lambda a, p: a + rate * (p - a), a, p)
+  count = step // every
+  rate = 1 - jnp.minimum(decay, (1 + count) / (10 + count))
+
+  def update(average, params):
+    return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+
   if every == 1:
     return update(average, params)
-  return jax.lax.cond(
-    step % every == 0, update, lambda a, p: a, average, params
-  )
+  keep = lambda average, params: average
+  return jax.lax.cond(step % every == 0, update, keep, average, params)

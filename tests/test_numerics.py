@@ -387,9 +387,9 @@ def test_ema_of_every_third_step():
       average, jnp.float32(step), 0.5, jnp.array(step), 3
     )
     seen.append(float(average))
-  # d = min(0.5, 4/13) at t = 3, min(0.5, 7/16) at t = 6.
-  third = 3 * 9 / 13
-  sixth = third + (6 - third) * 9 / 16
+  # d = min(0.5, 2/11) at step 3, min(0.5, 3/12) at step 6.
+  third = 3 * 9 / 11
+  sixth = third + (6 - third) * 9 / 12
   expected = [0, 0, third, third, third, sixth, sixth]
   np.testing.assert_allclose(seen, expected, rtol=1e-6)
 

@@ -36,9 +36,9 @@ def _softmax(x, dtype, axis=-1):
   return jax.nn.softmax(x.astype(jnp.float32), axis).astype(dtype)
 
 
-def _scores(equation, q, k):
-  """Products of queries and keys, summed in float32."""
-  return jnp.einsum(equation, q, k, preferred_element_type=jnp.float32)
+def _scores(equation, a, b):
+  """Products, summed in and returned as float32."""
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 class Heads(nn.Module):
@@ -176,7 +176,7 @@ def _summarize(k, x):
 def _summarize_forward(k, x):
   weights = _weights(k, x.dtype, -2)
   y = _outer(weights, x)
-  return y, (weights, x, y)
+  return y.astype(x.dtype), (weights, x, y)
 
 
 def _summarize_backward(saved, g):
@@ -192,7 +192,8 @@ _summarize.defvjp(_summarize_forward, _summarize_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _read(q, w, axis):
-  """softmax(q) w of [..., n, a, b], along a or b, and [..., a * b, C]."""
+  """softmax(q) w of [..., n, a, b], along a or b, and [..., a * b, C]. Its
+  gradients are products as written here; autodiff's come out transposed."""
   return _read_forward(q, w, axis)[0]
 
 
@@ -208,18 +209,18 @@ def _read_backward(axis, saved, g):
   change = change.reshape(weights.shape)
   change -= (weights * change).sum(axis, keepdims=True)
   flat = weights.reshape(*weights.shape[:-2], -1)
-  return (weights * change).astype(g.dtype), _outer(flat, g)
+  return (weights * change).astype(g.dtype), _outer(flat, g).astype(g.dtype)
 
 
 _read.defvjp(_read_forward, _read_backward)
 
 
 def _outer(a, b):
-  """a^T b of [..., n, K] and [..., n, C], the narrower one first: on a CPU up
-  to a third quicker."""
+  """a^T b of [..., n, K] and [..., n, C], in float32; the narrower one first:
+  on a CPU up to a third quicker."""
   if a.shape[-1] <= b.shape[-1]:
-    return jnp.einsum('...nk,...nc->...kc', a, b)
-  return jnp.einsum('...nc,...nk->...ck', b, a).swapaxes(-1, -2)
+    return _scores('...nk,...nc->...kc', a, b)
+  return _scores('...nc,...nk->...ck', b, a).swapaxes(-1, -2)
 
 
 def attend_fully(q, k, v, bias=0.0, barred=None):

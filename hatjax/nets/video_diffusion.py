@@ -23,10 +23,8 @@ CONVS = ('space', 'space_time')
 GROUPS = 8
 
 
-def _dense(features, dtype, name=None):
-  return nn.Dense(
-    features, dtype=dtype, kernel_init=attention.kernel_init, name=name
-  )
+def _dense(features):
+  return nn.Dense(features, kernel_init=attention.kernel_init)
 
 
 def embed_time(t, features):
@@ -295,10 +293,10 @@ class UNet3D(nn.Module):
     """Embedded noise level and label, joined: [B, D]."""
     features = 4 * self.dim
     cond = embed_time(t, self.dim)
-    cond = _dense(features, jnp.float32)(cond)
+    cond = _dense(features)(cond)
     # torch's GELU is the exact one.
     cond = jax.nn.gelu(cond, approximate=False)
-    cond = _dense(features, jnp.float32)(cond)
+    cond = _dense(features)(cond)
     if self.num_labels:
       table = layers.Embed(
         self.num_labels + 1, self.dim,
