@@ -5,10 +5,11 @@
 
 Two processes take turns at the same work, over and over, so that a clock that
 drifts cannot favour one: what counts is the median of the turns' ratios. In
-each turn a side works once untimed, then is timed. Around PyTorch's turns
-stand its matrix products. Its seconds times their rate, over 300 GFLOP/s, say
-how long it would take on the machine where the released code was timed, whose
-seconds are printed beside it. Each side has the memory and threads of its
+each turn a side works once untimed, then is timed. Before and after everything
+that PyTorch does stand its matrix products, for the clock moves within a turn.
+Its seconds times their rate, over 300 GFLOP/s, say how long it would take on
+the machine where the released code was timed, whose seconds are printed beside
+it. Each side has the memory and threads of its
 users: hatjax what its commands set, PyTorch its defaults. hatjax's programs
 come from the user's compilation cache, where they are there. Not a test:
 pytest passes it by.
@@ -106,11 +107,17 @@ def prepare_theirs(name):
 
 
 def take_turn(count):
-  """In PyTorch's process: (GFLOP/s of matrix products, seconds of its work)."""
-  rate = torch_reference.matrix_rate('cpu', 2)
-  _, *times = torch_reference.seconds(their_work, 1 + count, 'cpu')
-  rate = max(rate, torch_reference.matrix_rate('cpu', 2))
-  return rate, np.mean(times)
+  """In PyTorch's process: (GFLOP/s of matrix products, seconds of its work).
+
+  The rate is the mean over the work's time of the products on either side.
+  """
+  torch_reference.seconds(their_work, 1, 'cpu')
+  times, rates = [], [torch_reference.matrix_rate('cpu', 1)]
+  for _ in range(count):
+    times += torch_reference.seconds(their_work, 1, 'cpu')
+    rates.append(torch_reference.matrix_rate('cpu', 1))
+  around = np.add(rates[1:], rates[:-1]) / 2
+  return np.average(around, weights=times), np.mean(times)
 
 
 def compare(name, turns):
