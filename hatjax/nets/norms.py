@@ -39,8 +39,8 @@ def add_bias(x, bias):
 
 
 def _add_bias_backward(_, g):
-  flat = g.reshape(1, -1, g.shape[-1]).astype(jnp.float32)
-  return g, sum_space(flat)[0].astype(g.dtype)
+  wide = g.astype(jnp.float32)
+  return g, sum_space(wide).sum(0).astype(g.dtype)
 
 
 add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
