@@ -313,19 +313,18 @@ class MotionTransfer:
       ...]), looked (those of the same frames, seen through the plates), plate,
       and heat if the discriminator sees keypoints; {net: statistics}).
     """
-    video = part['video']
-    source, real = video[:, 0], _fold(video[:, 1:])
+    views = video = part['video']
+    source, real, count = video[:, 0], _fold(video[:, 1:]), len(video)
     old = state.model_state['batch_stats']
     plate = jax.tree.map(_fold, part['plate'])
-    views = [source, real]
     if self.lambda_equivariance or self.lambda_equivariance_jacobian:
-      views.append(warp.thin_plate_frames(plate, real, self._warp_form))
-    found, stats = self._apply(
-      'keypoint_detector', params, old, jnp.concatenate(views)
-    )
-    cuts = [len(source), len(source) + len(real)]
-    found = jax.tree.map(lambda x: jnp.split(x, cuts), found)
-    pick = lambda i: {key: value[i] for key, value in found.items()}
+      looks = warp.thin_plate_frames(plate, real, self._warp_form)
+      # Clip by clip, so that none has to move to another device.
+      views = jnp.concatenate([video, _unfold(looks, count)], 1)
+    found, stats = self._apply('keypoint_detector', params, old, _fold(views))
+    split = lambda x: jnp.split(_unfold(x, count), (1, video.shape[1]), 1)
+    found = jax.tree.map(split, found)
+    pick = lambda i: {key: _fold(value[i]) for key, value in found.items()}
     (flow, visible), new = self._apply(
       'dense_motion', params, old, source, pick(0), pick(1)
     )
