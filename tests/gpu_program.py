@@ -15,11 +15,13 @@ import collections
 import contextlib
 import math
 import os
+import pathlib
 import re
 import sys
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # configs
 
 import jax
 from absl import flags
