@@ -5,14 +5,13 @@
 
 Two processes take turns at the same work, over and over, so that a clock that
 drifts cannot favour one: what counts is the median of the turns' ratios. In
-each turn a side works once untimed, then is timed. Before and after everything
-that PyTorch does stand its matrix products, for the clock moves within a turn.
+each turn a side works once untimed, then is timed. Before and after each timed
+call of PyTorch stand its matrix products, for the clock moves within a turn.
 Its seconds times their rate, over 300 GFLOP/s, say how long it would take on
 the machine where the released code was timed, whose seconds are printed beside
-it. Each side has the memory and threads of its
-users: hatjax what its commands set, PyTorch its defaults. hatjax's programs
-come from the user's compilation cache, where they are there. Not a test:
-pytest passes it by.
+it. Each side has the memory and threads of its users: hatjax what its commands
+set, PyTorch its defaults. hatjax's programs come from the user's compilation
+cache, where they are there. Not a test: pytest passes it by.
 """
 
 import argparse

@@ -65,7 +65,10 @@ def compare_devices():
       placed, key = runner.place(start), jax.random.key(1)
       if (mode, count) == ('jit', 8):
         text = runner.lower(placed, batch, key).compile().as_text()
-        moved = re.findall(r' (?:all-gather|all-to-all|collective-p).*', text)
+        moved = re.findall(
+          r' (?:all-gather|(?:ragged-)?all-to-all|collective-|send|recv).*\(.*',
+          text,
+        )
         # Who is who in the batch is what an identity encoder's loss asks.
         assert not moved or stage['method'] == 'identity_encoder', moved[0]
       state, metrics = runner.step(placed, [batch], key)

@@ -40,7 +40,7 @@ def add_bias(x, bias):
 
 def _add_bias_backward(_, g):
   wide = g.astype(jnp.float32)
-  # Blocks of rows stay within a picture: the next may be on another device.
+  # In blocks, each picture by itself: the next may be on another device.
   if not rewrites():
     wide = wide.reshape(1, -1, g.shape[-1])
   return g, sum_space(wide).sum(0).astype(g.dtype)
