@@ -2,6 +2,7 @@
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_numerics import normal
@@ -41,6 +42,18 @@ def test_few_pixels_have_small_tiles(count, channels, k, tile):
     assert layers._tile(x, count * 64, k, *channels) == tile
   with lowerings.lowering('plain'):
     assert layers._tile(x, count * 64, k, *channels) == 0
+
+
+@pytest.mark.parametrize('batch', ((), (4,)))
+def test_gradients_of_a_product_are_not_turned(batch):
+  """What turns one over comes after devices have summed it."""
+  x, w, g = normal(0, *batch, 6, 3), normal(1, *batch, 3, 5), normal(2, 6, 5)
+  grads = lambda f: jax.grad(lambda x, w: (f(x, w) * g).sum(), (0, 1))
+  pairs = zip(*(grads(f)(x, w) for f in (winograd.product, jnp.matmul)))
+  for one, other in pairs:
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+  turns = lambda f: ' transpose[' in str(jax.make_jaxpr(grads(f))(x, w))
+  assert turns(jnp.matmul) and not turns(winograd.product)
 
 
 @pytest.mark.parametrize('count', (1, 2, 3))

@@ -338,7 +338,7 @@ def _tile(x, pixels, k, *channels):
 def project(x, kernel):
   """x [..., C] @ kernel [C, O]. As one matrix: the gradient of a product with
   more axes turns over one of its sides."""
-  y = x.reshape(-1, x.shape[-1]) @ kernel
+  y = winograd.product(x.reshape(-1, x.shape[-1]), kernel)
   return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

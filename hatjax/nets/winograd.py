@@ -29,6 +29,25 @@ def adjoints(forward, backward):
   return there, back
 
 
+@jax.custom_vjp
+def product(x, kernel):
+  """x [*, N, C] @ kernel [*, C, O]. Of a kernel's gradient autodiff makes
+  [*, O, C] and turns it: over several devices only after their sum, where XLA
+  can no longer swap the factors, so that all of Adam reads it across."""
+  return x @ kernel
+
+
+def _product_backward(saved, g):
+  x, kernel = saved
+  return (
+    jnp.einsum('...no,...co->...nc', g, kernel),
+    jnp.einsum('...nc,...no->...co', x, g),
+  )
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
 @functools.cache
 def minimal_filter(m, r):
   """Toom and Cook's F(m, r): m outputs of r taps by n = m + r - 1 products.
@@ -70,7 +89,7 @@ def correlate(x, kernel, transposed=False, tile=None):
   taps = (taps @ kernel.reshape(r * r, -1)).reshape(-1, *kernel.shape[2:])
   if transposed:
     return cut[1](jnp.einsum('kpo,kco->kpc', add[0](x), taps))
-  return add[1](jnp.einsum('kpc,kco->kpo', cut[0](x), taps))
+  return add[1](product(cut[0](x), taps))
 
 
 def _tiling(weights, step, sides, tiles):
