@@ -38,6 +38,14 @@ def machine():
   }
 
 
+def cores():
+  """Those that this process may use."""
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:  # Linux alone knows it.
+    return os.cpu_count()
+
+
 def _version(name):
   try:
     return metadata.version(name)

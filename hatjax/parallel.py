@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hatjax import cache, guard, heap, programs
+from hatjax import cache, environment, guard, heap, programs
 
 MODES = ('jit', 'pmap')
 AXIS = 'devices'
@@ -46,7 +46,9 @@ def start_process():
   heap.keep_freed()
   folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
   if folder is None:
-    folder = str(cache.folder('xla'))
+    # XLA:CPU divides a program among the cores that it is compiled on, and JAX
+    # would find it again on any other number.
+    folder = str(cache.folder('xla') / f'{environment.cores()}_cores')
   jax.config.update('jax_compilation_cache_dir', folder or None)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   _listen()

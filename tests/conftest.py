@@ -30,17 +30,15 @@ import jax
 import numpy as np
 import pytest
 
+from hatjax import cache, environment
+
 gc.set_threshold(100_000, 20, 100)  # What a trace makes is hardly ever waste.
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-
-def _cache():
-  root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return str(pathlib.Path(root) / 'hatjax' / 'xla')
-
-
-jax.config.update('jax_compilation_cache_dir', _cache())
+# That of the commands.
+CACHE = cache.folder('xla') / f'{environment.cores()}_cores'
+jax.config.update('jax_compilation_cache_dir', str(CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 

@@ -56,6 +56,18 @@ def test_a_program_is_found_again(folder):
   assert len(list(folder.iterdir())) == 2
 
 
+def test_other_cores_have_programs_of_their_own(folder, monkeypatch):
+  """XLA:CPU divides a program among the cores that it is compiled on."""
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  monkeypatch.setattr(parallel.heap, 'keep_freed', lambda: None)
+  places = []
+  for count in (1, 2):
+    monkeypatch.setattr(parallel.environment, 'cores', lambda n=count: n)
+    parallel.start_process()
+    places.append(jax.config.jax_compilation_cache_dir)
+  assert len({str(cache.folder('xla')), *places}) == 3
+
+
 def test_a_program_for_other_arguments_is_made_again(folder):
   run()
   assert run(x=(1.0, 2.0, 4.0)) == ([3, 6, 12], True)
