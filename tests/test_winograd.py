@@ -1,5 +1,7 @@
 """Minimal filters, and both forms of their transpose."""
 
+import re
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -44,16 +46,27 @@ def test_few_pixels_have_small_tiles(count, channels, k, tile):
     assert layers._tile(x, count * 64, k, *channels) == 0
 
 
-@pytest.mark.parametrize('batch', ((), (4,)))
-def test_gradients_of_a_product_are_not_turned(batch):
+@pytest.mark.parametrize('ours, known, x, w', [
+  (winograd.product, jnp.matmul, (4, 6, 3), (4, 3, 5)),
+  (layers.project, jnp.matmul, (2, 6, 3), (3, 5)),
+  (winograd.correlate, None, (2, 9, 8, 3), (3, 3, 3, 5)),
+])
+def test_gradients_of_a_kernel_are_not_turned(ours, known, x, w):
   """What turns one over comes after devices have summed it."""
-  x, w, g = normal(0, *batch, 6, 3), normal(1, *batch, 3, 5), normal(2, 6, 5)
-  grads = lambda f: jax.grad(lambda x, w: (f(x, w) * g).sum(), (0, 1))
-  pairs = zip(*(grads(f)(x, w) for f in (winograd.product, jnp.matmul)))
-  for one, other in pairs:
-    np.testing.assert_allclose(one, other, rtol=1e-5)
-  turns = lambda f: ' transpose[' in str(jax.make_jaxpr(grads(f))(x, w))
-  assert turns(jnp.matmul) and not turns(winograd.product)
+  x, w = normal(0, *x), normal(1, *w)
+  for dtype in (jnp.float32, jnp.bfloat16) if known else (jnp.float32,):
+    x, w = jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+    grads = jax.grad(lambda x, w: (ours(x, w) ** 2).sum(), (0, 1))
+    assert [g.dtype for g in grads(x, w)] == [dtype, dtype]
+    text = str(jax.make_jaxpr(grads)(x, w))
+    turned = '0, 2, 1' if w.ndim > 2 else '1, 0'
+    assert 'dot_general' in text
+    assert not re.search(rf'transpose\[permutation=\({turned}\)', text)
+  x, w = normal(2, *x.shape), normal(3, *w.shape)
+  if known:
+    others = jax.grad(lambda x, w: (known(x, w) ** 2).sum(), (0, 1))
+    for one, other in zip(grads(x, w), others(x, w)):
+      np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('count', (1, 2, 3))
